@@ -1,0 +1,46 @@
+# make serve: the OpenAI API with BiTA on the embedded model.   make test: set up and test.   Both start from nothing.
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+
+BIN := .venv/bin
+ADAPTER := adapters/smollm2-135m-instruct
+# Intel's OpenMP (from the venv) and, where the system has it, tcmalloc: what vLLM advises on a CPU.
+FAST := LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sbin" ldconfig -p | \
+	awk '/libtcmalloc_minimal\.so\.4 /{print $$NF; exit}') 2>/dev/null | paste -sd:)"
+
+.PHONY: venv model serve test quality bench-cpu
+.DELETE_ON_ERROR:
+
+venv: .venv/dev.stamp
+
+model: .venv/cpu.stamp
+	$(BIN)/python -m bita_vllm.embedded
+
+serve: model
+	$(FAST) $(BIN)/vllm serve "$$($(BIN)/python -m bita_vllm.embedded)" --served-model-name smollm2 \
+		--speculative-method bita --speculative-model $(ADAPTER) --max-model-len 2048 --port $(PORT) $(ARGS)
+
+test: venv
+	$(BIN)/pytest $(ARGS)
+
+quality: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy bita_vllm kernels
+
+bench-cpu: venv model
+	$(FAST) $(BIN)/python benchmarks/cpu_throughput.py $(ARGS)
+
+# A stamp is as new as what was installed from: change a requirements file or pyproject.toml, and its step runs again.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/cpu.stamp: requirements/cpu.txt pyproject.toml setup.py | .venv/bin/python
+	$(BIN)/pip install --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/dev.stamp: requirements/dev.txt .venv/cpu.stamp
+	$(BIN)/pip install --no-deps -r requirements/dev.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""Attention backends: tree attention over vLLM's paged KV cache."""

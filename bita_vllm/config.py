@@ -1,0 +1,337 @@
+"""What the user asked for: options of the method, their checks, their place in vLLM's config.
+
+The options come in as vLLM's own speculative options (`--speculative-config`, `--spec-method` ...,
+Python dict, speculators format). They end up in `BitaSpeculativeConfig`, a subclass of vLLM's
+`SpeculativeConfig`: it travels wherever vLLM sends its config (pickle, copy, replace), and its type
+is the marker of a run that asked for bita. For vLLM's own branches it is a 'custom_class' method:
+no draft model, no draft KV cache, no async scheduling (vllm/config/speculative.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllm.envs as envs
+from pydantic import InstanceOf
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config, get_field
+from vllm.platforms import current_platform
+from vllm.utils.hashing import safe_hash
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
+from bita_vllm.tree import MAX_ROWS, Template
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+METHOD = "bita"
+WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
+OPTIONS = ("method", "model", "num_speculative_tokens", "tree")
+
+
+class ConfigError(ValueError):
+    """A run that cannot use bita as asked; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class BitaSettings:
+    """Settings of one run, the same in every process.
+
+    Attributes:
+        adapter_dir: directory of the adapter checkpoint.
+        tree: as the user gave it: 'auto', widths such as '5,4,3', or a template file.
+        num_speculative_tokens: R-1, what vLLM's scheduler counts as draft tokens.
+        template: the step block.
+        num_mask_tokens: k of the adapter; mask ids are V to V+k-1.
+    """
+
+    adapter_dir: str
+    tree: str
+    num_speculative_tokens: int
+    template: Template
+    num_mask_tokens: int
+
+
+class DrafterSeat:
+    """Fills vLLM's drafter seat: the runner makes the next block itself, after verification.
+
+    Source: vllm/v1/spec_decode/custom_class_proposer.py builds it, GPUModelRunner.load_model
+    loads it.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        del vllm_config
+
+    def load_model(self, model: Any) -> None:
+        """Nothing to load: the base model drafts."""
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        raise RuntimeError(
+            "bita drafts in the base model's forward pass; its runner must not call propose()."
+        )
+
+
+@config
+class BitaSpeculativeConfig(SpeculativeConfig):
+    """vLLM's speculative config for a run with bita; `bita` holds the settings."""
+
+    bita: InstanceOf[BitaSettings] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """What vLLM does for 'custom_class', without its warning about experimental proposers."""
+        self.method = "custom_class"
+        self.model = f"{DrafterSeat.__module__}.{DrafterSeat.__qualname__}"
+        self.prompt_lookup_max = 0
+        self.prompt_lookup_min = 0
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+
+    def compute_hash(self) -> str:
+        """The embedding of mask ids is part of the compiled graph, so it is part of the hash."""
+        factors = (super().compute_hash(), METHOD, self.bita.num_mask_tokens)
+        return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"SpeculativeConfig(method='{METHOD}', model='{self.bita.adapter_dir}', "
+            f"num_spec_tokens={self.num_speculative_tokens}, tree='{self.bita.tree}')"
+        )
+
+
+def get_settings(vllm_config: VllmConfig) -> BitaSettings | None:
+    """The settings of this run, or None if it does not ask for bita."""
+    spec = vllm_config.speculative_config
+    return spec.bita if isinstance(spec, BitaSpeculativeConfig) else None
+
+
+def merged_options(args: EngineArgs) -> dict[str, Any]:
+    """The user's speculative options, flags and dict merged.
+
+    Source: EngineArgs.create_speculative_config (vllm/engine/arg_utils.py); unlike there, the same
+    value may be given twice, as in `vllm serve ADAPTER_DIR --spec-method bita`.
+    """
+    options = {
+        key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()
+    }
+    flags = {
+        "method": ("--spec-method", args.spec_method),
+        "model": ("--spec-model", args.spec_model),
+        "num_speculative_tokens": ("--spec-tokens", args.spec_tokens),
+    }
+    for key, (flag, value) in flags.items():
+        if value is not None and options.setdefault(key, value) != value:
+            raise ConfigError(
+                f"{flag} is {value!r}, but {key!r} in the speculative config is {options[key]!r}; "
+                "give it once."
+            )
+    return options
+
+
+def build_speculative_config(
+    options: Mapping[str, Any], model_config: ModelConfig, parallel_config: ParallelConfig
+) -> BitaSpeculativeConfig:
+    """Check the options against each other, the adapter and the base model.
+
+    Raises:
+        ValueError: ConfigError, AdapterError or TemplateError, each one sentence.
+    """
+    _check_option_names(options)
+    name = options.get("model")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            "Speculative method 'bita' needs an adapter: give its directory or hub name as "
+            f"--speculative-model ('model' in the speculative config), got {name!r}."
+        )
+    adapter_dir = str(resolve_adapter_dir(name))
+    adapter_config = AdapterConfig.load(adapter_dir)
+    shape = ModelShape.from_hf_config(model_config.hf_text_config)
+    Adapter.load(
+        adapter_dir, shape
+    )  # under 10 MB: a bad adapter is refused before any worker starts
+
+    tree, template = _choose_template(options, adapter_config)
+    settings = BitaSettings(
+        adapter_dir=adapter_dir,
+        tree=tree,
+        num_speculative_tokens=template.num_rows - 1,
+        template=template,
+        num_mask_tokens=adapter_config.num_mask_tokens,
+    )
+    return BitaSpeculativeConfig(
+        num_speculative_tokens=settings.num_speculative_tokens,
+        target_model_config=model_config,
+        target_parallel_config=parallel_config,
+        bita=settings,
+    )
+
+
+def _check_option_names(options: Mapping[str, Any]) -> None:
+    """Refuse options that nobody knows, and vLLM's that mean nothing here when they are set."""
+    engine_fills = {"target_model_config", "target_parallel_config"}
+    known = {field.name for field in fields(SpeculativeConfig)} - engine_fills
+    legal = ", ".join(OPTIONS)
+    for key, value in options.items():
+        if key in OPTIONS or key in engine_fills:
+            continue
+        if key not in known:
+            raise ConfigError(
+                f"Unknown speculative option {key!r} for method 'bita'; it takes {legal}."
+            )
+        if value != get_field(SpeculativeConfig, key).default:
+            raise ConfigError(
+                f"Speculative option {key!r} (set to {value!r}) has no meaning with method 'bita', "
+                f"which takes {legal}; remove it."
+            )
+
+
+def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:
+    """The tree as given, and the template: explicit, or the best one within the row budget."""
+    budget = options.get("num_speculative_tokens")
+    if budget is not None and (type(budget) is not int or not 1 <= budget < MAX_ROWS):
+        raise ConfigError(
+            f"num_speculative_tokens is {budget!r}; with method 'bita' it is the row budget less "
+            f"one, a whole number from 1 to {MAX_ROWS - 1}."
+        )
+    tree = options.get("tree", "auto")
+    if type(tree) is int:  # --speculative-config.tree 4 arrives as a number
+        tree = str(tree)
+    if not isinstance(tree, str) or not tree.strip():
+        raise ConfigError(
+            f"Speculative option 'tree' is {tree!r}; expected 'auto', widths such as '5,4,3', "
+            "or the path of a template file."
+        )
+    if tree == "auto":
+        num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
+        return tree, Template.best(num_rows, adapter.num_mask_tokens, adapter.acceptance)
+
+    template = _explicit_template(tree, adapter.num_mask_tokens)
+    if template.num_masks > adapter.num_mask_tokens:
+        raise ConfigError(
+            f"Tree {tree!r} has a mask group of {template.num_masks} rows, but the adapter has "
+            f"{adapter.num_mask_tokens} mask tokens; use shorter groups."
+        )
+    if budget is not None and budget < template.num_rows - 1:
+        raise ConfigError(
+            f"num_speculative_tokens is {budget}, but tree {tree!r} needs {template.num_rows - 1} "
+            "(its rows less the root); raise it, leave it out, or give a smaller tree."
+        )
+    return tree, template
+
+
+def _explicit_template(tree: str, num_masks: int) -> Template:
+    widths = [part.strip() for part in tree.split(",")]
+    if all(part.isdigit() for part in widths):
+        return Template.from_widths([int(part) for part in widths], num_masks)
+    if Path(tree).is_file():
+        return Template.load(tree)
+    raise ConfigError(
+        f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths such as '5,4,3', "
+        "nor an existing template file."
+    )
+
+
+def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
+    """Take the worker class and scheduling mode for bita, unless the user asked for others.
+
+    Source: VllmConfig.__post_init__ and CpuPlatform.check_and_update_config, which run after this
+    and keep a worker class that is not 'auto' and an async_scheduling that is not None.
+    """
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            f"Speculative method 'bita' runs on vLLM's CPU platform only for now, but this is "
+            f"{current_platform.device_name!r}; serve without it."
+        )
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER=1 is set, but on CPU bita uses vLLM's V1 model runner; "
+            "unset it."
+        )
+    if parallel_config.worker_cls not in ("auto", WORKER_CLS):
+        raise ConfigError(
+            f"worker_cls is {parallel_config.worker_cls!r}, but bita needs its own worker; "
+            "leave it out."
+        )
+    if args.async_scheduling:
+        raise ConfigError(
+            "async_scheduling is on, but bita on CPU schedules each step after the last one; "
+            "leave it out."
+        )
+    if args.enable_lora:  # here, for vLLM's own message about LoRA with drafts is about row counts
+        raise ConfigError(_not_supported("LoRA (enable_lora)"))
+    parallel_config.worker_cls = WORKER_CLS
+    args.async_scheduling = False
+
+
+def check_engine(vllm_config: VllmConfig, settings: BitaSettings) -> None:
+    """Refuse, by name, what bita cannot serve; on the finished config, before any process."""
+    num_rows = settings.template.num_rows
+    max_model_len = vllm_config.model_config.max_model_len
+    if max_model_len <= num_rows:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, but a step block of this tree has {num_rows} rows; "
+            f"use at least {num_rows + 1}, or a smaller tree (num_speculative_tokens)."
+        )
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    if budget < num_rows:
+        raise ConfigError(
+            f"max_num_batched_tokens is {budget}, but a step block of this tree has {num_rows} "
+            f"rows; use at least {num_rows}, or a smaller tree (num_speculative_tokens)."
+        )
+    for feature, present in _unsupported(vllm_config):
+        if present:
+            raise ConfigError(_not_supported(feature))
+
+
+def _not_supported(feature: str) -> str:
+    return (
+        f"Speculative method 'bita' does not support {feature}; serve without it, or without bita."
+    )
+
+
+def _unsupported(c: VllmConfig) -> Iterator[tuple[str, bool]]:
+    """(feature as the user knows it, whether this run has it)."""
+    model, parallel = c.model_config, c.parallel_config
+    arch = model.architecture
+    for name in ("tensor", "pipeline", "data", "prefill_context", "decode_context"):
+        size = getattr(parallel, f"{name}_parallel_size")
+        yield f"{name.replace('_', ' ')} parallelism on CPU ({name}_parallel_size {size})", size > 1
+    yield f"pooling models (runner {model.runner_type!r})", model.runner_type != "generate"
+    yield f"encoder-decoder models ({arch})", model.is_encoder_decoder
+    yield f"multimodal models ({arch})", model.supports_multimodal_inputs
+    yield f"diffusion models ({arch})", model.is_diffusion
+    yield f"models with multi-axis rotary positions ({arch})", model.uses_mrope
+    yield f"models without attention ({arch})", model.is_attention_free
+    yield f"hybrid or state-space models ({arch})", model.is_hybrid or model.has_inner_state
+    yield f"multi-head latent attention ({arch})", model.use_mla
+    yield f"chunked local attention ({arch})", model.attention_chunk_size is not None
+    yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
+    dtype = c.cache_config.cache_dtype
+    yield f"a quantised KV cache (kv_cache_dtype {dtype!r})", is_quantized_kv_cache(dtype)
+    yield (
+        "fast prefill over shared KV (kv_sharing_fast_prefill)",
+        c.cache_config.kv_sharing_fast_prefill,
+    )
+    yield "prompt embeddings (enable_prompt_embeds)", model.enable_prompt_embeds
+    installed = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
+    yield (
+        f"custom logits processors ({installed or model.logits_processors})",
+        bool(installed or model.logits_processors),
+    )
+
+
+def refuse_request(params: SamplingParams) -> str | None:
+    """Why a request cannot be served with bita, or None."""
+    if params.structured_outputs is not None:
+        return (
+            "Structured output (response_format, structured_outputs, forced tool calls) is not "
+            "supported with speculative method 'bita' yet; send the request without it, or serve "
+            "without bita."
+        )
+    return None

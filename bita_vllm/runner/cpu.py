@@ -1,0 +1,243 @@
+"""vLLM's CPU runner with step blocks: positions, tree attention, walk, KV moves, next blocks.
+
+Source of the hooks: vllm/v1/worker/{cpu_worker,cpu_model_runner,gpu_model_runner}.py (V1 runner).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from bita_vllm.adapter import Adapter, ModelShape
+from bita_vllm.attention.cpu import TreeCPUAttentionImpl, TreeMetadata, move_rows
+from bita_vllm.config import DrafterSeat, get_settings
+from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks, Walk
+from bita_vllm.runner.embedding import insert_mask_embedding
+from bita_vllm.runner.sampling import GreedyTargets, SampledTargets
+from bita_vllm.tree import TemplateTable
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+logger = init_logger("vllm.bita")
+
+
+class BitaCPUWorker(cpu_worker.CPUWorker):
+    """vLLM's CPU worker with our runner in it."""
+
+    def init_device(self) -> None:
+        stock = cpu_worker.CPUModelRunner
+        cpu_worker.CPUModelRunner = BitaCPUModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = stock
+
+
+class BitaCPUModelRunner(CPUModelRunner):
+    """Runs one step block a request: the model verifies the last drafts and makes the next ones."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        settings = get_settings(vllm_config)
+        assert settings is not None
+        # Built as a plain runner: no drafter, and all of vLLM's logits processors, which
+        # build_logitsprocs leaves out when it sees a speculative config.
+        speculative_config, vllm_config.speculative_config = vllm_config.speculative_config, None
+        try:
+            super().__init__(vllm_config, device)
+        finally:
+            vllm_config.speculative_config = speculative_config
+        self.speculative_config = speculative_config
+        self.drafter = DrafterSeat(vllm_config)
+        self.num_spec_tokens = settings.num_speculative_tokens
+        self.settings = settings
+        self.table = TemplateTable(settings.template)
+        self.vocab_size = self.model_config.get_vocab_size()
+        self._lines: dict[str, int] = {}
+        self._blocks: StepBlocks | None = None
+        self._walk: Walk | None = None
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load the base model with tree attention in its layers, then the adapter."""
+        backend = f"{TreeCPUAttentionImpl.__module__}.TreeCPUAttentionBackend"
+        register_backend(AttentionBackendEnum.CPU_ATTN, backend)
+        _cached_get_attn_backend.cache_clear()
+        try:
+            super().load_model(load_dummy_weights)
+        finally:
+            AttentionBackendEnum.CPU_ATTN.clear_override()
+            _cached_get_attn_backend.cache_clear()
+        adapter = Adapter.load(
+            self.settings.adapter_dir, ModelShape.from_hf_config(self.model_config.hf_text_config)
+        )
+        insert_mask_embedding(self.model, adapter.mask_embeddings, self.vocab_size)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        added = 0
+        for name, layer in layers.items():
+            _refuse_layer(name, layer)
+            index = extract_layer_index(name)
+            # [P, Hkv, D] -> [Hkv, D, P] and [Hkv, P, D], in the precision that tree attention computes in
+            layer.impl.prompt_keys = adapter.prompt_keys[index].float().permute(1, 2, 0).contiguous()
+            layer.impl.prompt_values = adapter.prompt_values[index].float().transpose(0, 1).contiguous()
+            added += layer.impl.prompt_keys.nbytes + layer.impl.prompt_values.nbytes
+        added += adapter.mask_embeddings.nbytes
+        logger.info(
+            "bita: adapter %s, step block of %s, %.1f MiB added.",
+            self.settings.adapter_dir,
+            self.settings.template.describe(),
+            added / 2**20,
+        )
+
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once
+        # than requests.
+        speculative_config, self.speculative_config = self.speculative_config, None
+        try:
+            return super()._dummy_sampler_run(hidden_states)
+        finally:
+            self.speculative_config = speculative_config
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> tuple:
+        """Stock inputs; then positions follow the tree, and logits are asked for node rows only."""
+        super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        for request_id in scheduler_output.finished_req_ids:
+            self._lines.pop(request_id, None)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        lines = [self._lines[i] if i in drafts else NO_BLOCK for i in self.input_batch.req_ids]
+        blocks = StepBlocks.build(
+            self.table, np.array(lines, dtype=np.int64), num_scheduled_tokens.astype(np.int64)
+        )
+        offset = torch.from_numpy(blocks.depth_of_rows())
+        self.positions[: len(offset)] += offset
+        self._blocks = blocks
+        return torch.from_numpy(blocks.node_rows()), None, int(blocks.num_nodes.max())
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple:
+        """Stock metadata, with the step's blocks in it."""
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        blocks = self._blocks
+        if blocks is not None and (blocks.line >= 0).any():
+            context_len = self.input_batch.num_computed_tokens_cpu[: len(blocks.line)]
+            for layer_names in self._metadata_groups(metadata):
+                shared = metadata[layer_names[0]]
+                block_size = self.compilation_config.static_forward_context[layer_names[0]].kv_cache.shape[2]
+                shared.tree = TreeMetadata(blocks, context_len, shared.block_table, block_size)
+        return metadata, common
+
+    @staticmethod
+    def _metadata_groups(metadata: dict[str, Any]) -> list[list[str]]:
+        groups: dict[int, list[str]] = {}
+        for name, shared in metadata.items():
+            groups.setdefault(id(shared), []).append(name)
+        return list(groups.values())
+
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: None) -> SamplerOutput:
+        """Walk every tree; accepted rows move to their KV slots."""
+        batch, blocks = self.input_batch, self._blocks
+        assert blocks is not None
+        node_tokens = self.input_ids.cpu[torch.from_numpy(blocks.node_rows())].numpy()
+        emitting = ~self.discard_request_mask.np[: batch.num_reqs]
+        targets: GreedyTargets | SampledTargets
+        if GreedyTargets.fits(batch.sampling_metadata):
+            targets = GreedyTargets(logits)
+        else:
+            targets = SampledTargets(self.sampler, batch, logits)
+        try:
+            walk = blocks.walk(node_tokens, targets, emitting)
+        finally:
+            targets.close()
+        self._move_accepted(walk)
+        self._walk = walk
+        longest = max(int(walk.num_emitted.max()), 1)
+        return SamplerOutput(
+            sampled_token_ids=torch.from_numpy(walk.tokens[:, :longest].astype(np.int32)),
+            logprobs_tensors=targets.logprobs,
+        )
+
+    def _move_accepted(self, walk: Walk) -> None:
+        request, row, place = walk.moves()
+        if not len(request):
+            return
+        base = self.input_batch.num_computed_tokens_cpu[request]
+        for group, tensors in enumerate(self._kv_caches_by_group()):
+            block_size = tensors[0].shape[2]
+            block_ids = self.input_batch.block_table[group].block_table.np
+
+            def slot(position: np.ndarray) -> torch.Tensor:
+                block = block_ids[request, position // block_size].astype(np.int64)
+                return torch.from_numpy(block * block_size + position % block_size)
+
+            head_size = tensors[0].shape[3] // 2
+            move_rows(tensors, head_size, slot(base + row), slot(base + place))
+
+    def _kv_caches_by_group(self) -> list[list[torch.Tensor]]:
+        context = self.compilation_config.static_forward_context
+        return [
+            [context[name].kv_cache for name in group.layer_names] for group in self.kv_cache_config.kv_cache_groups
+        ]
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple:
+        # Partial prefills drew nothing from their generators, so there is nothing to rewind
+        # (stock rewinds by an offset that CPU generators do not have).
+        generators = self.input_batch.generators
+        discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        kept = {int(i): generators.pop(int(i)) for i in discarded if int(i) in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(kept)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        # Blocks that do not fit below max_model_len are cut by the scheduler; any prefix of one is valid.
+        return True
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        *args: Any,
+    ) -> list[list[int]]:
+        """The next blocks: logits of the chosen mask groups only, their top tokens, mask ids."""
+        blocks, walk = self._blocks, self._walk
+        assert blocks is not None and walk is not None
+        self._blocks = self._walk = None
+        upcoming = blocks.next_blocks(walk)
+        mask_rows = torch.from_numpy(upcoming.mask_rows[upcoming.mask_rows >= 0])
+        top_tokens = np.zeros((0, self.settings.template.max_rank), dtype=np.int64)
+        if len(mask_rows):
+            logits = self.model.compute_logits(hidden_states[mask_rows])
+            top_tokens = logits.topk(self.settings.template.max_rank, dim=-1).indices.numpy()
+        drafts = upcoming.fill(self.table, top_tokens, self.vocab_size)
+        self._lines.update(zip(self.input_batch.req_ids, upcoming.line.tolist(), strict=True))
+        return drafts
+
+
+def _refuse_layer(name: str, layer: Attention) -> None:
+    impl = layer.impl
+    feature = None
+    if not isinstance(impl, TreeCPUAttentionImpl):
+        feature = f"attention of type {type(impl).__name__}"
+    elif impl.attn_type != AttentionType.DECODER:
+        feature = f"attention of kind {impl.attn_type}"
+    elif impl.alibi_slopes is not None:
+        feature = "ALiBi"
+    elif impl.sinks is not None:
+        feature = "attention sinks"
+    elif impl.kv_sharing_target_layer_name is not None:
+        feature = "KV caches shared between layers"
+    if feature is not None:
+        raise ValueError(f"bita does not support {feature} (layer {name}); serve this model without it.")

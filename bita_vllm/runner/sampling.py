@@ -1,0 +1,115 @@
+"""Target tokens along the walk, by vLLM's own sampler on the batch's own sampling state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.sampler import Sampler
+
+if TYPE_CHECKING:
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+
+class GreedyTargets:
+    """Nothing but argmax is asked for: all nodes at once."""
+
+    logprobs: LogprobsTensors | None = None
+
+    def __init__(
+        self,
+        # [N, V]
+        logits: torch.Tensor,
+    ) -> None:
+        self._targets = Sampler.greedy_sample(logits.float()).numpy()
+
+    @staticmethod
+    def fits(metadata: SamplingMetadata) -> bool:
+        """Whether no request asks for more than argmax."""
+        return (
+            metadata.all_greedy
+            and metadata.no_penalties
+            and metadata.max_num_logprobs is None
+            and not metadata.logprob_token_ids
+            and metadata.allowed_token_ids_mask is None
+            and not metadata.bad_words_token_ids
+            and not any(_changes_argmax(p) for p in metadata.logitsprocs.non_argmax_invariant)
+        )
+
+    def __call__(self, nodes: np.ndarray, walking: np.ndarray, step: int) -> np.ndarray:
+        return self._targets[nodes]
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+def _changes_argmax(processor: object) -> bool:
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return bool(processor.min_toks)
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        return bool(processor.biases)
+    return not isinstance(processor, MinPLogitsProcessor)
+
+
+class SampledTargets:
+    """Draw each emitted token as a plain step would: vLLM's sampler, one call a depth, on the whole batch.
+
+    Emitted tokens lie in the requests' output lists while the walk goes on, so penalties, bad words and
+    logits processors see them, and a seeded generator is used once a token: requests that have stopped
+    walking do not touch theirs.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch: InputBatch,
+        # [N, V]
+        logits: torch.Tensor,
+    ) -> None:
+        self._sampler, self._batch, self._logits = sampler, batch, logits
+        self._last = np.zeros(0, dtype=np.int64)
+        self._pushed = np.zeros(batch.num_reqs, dtype=np.int64)
+        self._steps: list[LogprobsTensors] = []
+
+    def __call__(self, nodes: np.ndarray, walking: np.ndarray, step: int) -> np.ndarray:
+        """`[B]` node of each request, `[B]` still walking -> `[B]` tokens."""
+        metadata = self._batch.sampling_metadata
+        if step > 0:
+            for request in np.flatnonzero(walking):
+                self._output(request).append(int(self._last[request]))
+            self._pushed += walking
+            for processor in metadata.logitsprocs.all:
+                processor.update_state(None)
+        generators = {i: g for i, g in metadata.generators.items() if walking[i]}
+        sampled = self._sampler(self._logits[torch.from_numpy(nodes)], replace(metadata, generators=generators))
+        if sampled.logprobs_tensors is not None:
+            self._steps.append(sampled.logprobs_tensors)
+        self._last = sampled.sampled_token_ids[:, 0].numpy().astype(np.int64)
+        return self._last
+
+    def close(self) -> None:
+        """Take the tokens back out of the output lists: vLLM's book-keeping adds them."""
+        for request in np.flatnonzero(self._pushed):
+            del self._output(request)[-int(self._pushed[request]) :]
+
+    def _output(self, request: int) -> list[int]:
+        output = self._batch.req_output_token_ids[request]
+        assert output is not None
+        return output
+
+    @property
+    def logprobs(self) -> LogprobsTensors | None:
+        """`[B * steps, ...]`, request by request, as RejectionSampler.parse_output reads them."""
+        if not self._steps:
+            return None
+        stacked = (torch.stack(column, dim=1).flatten(0, 1) for column in zip(*(s[:3] for s in self._steps), strict=True))
+        return LogprobsTensors(*stacked)

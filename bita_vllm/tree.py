@@ -1,0 +1,246 @@
+"""Tree templates: the shape of a step block, as data (NumPy only).
+
+A template lists the R rows of a step block: the root, the draft nodes, the mask groups. Parents always
+come before their children, so every prefix of a block is a valid block: rows that were cut off (token
+budget, max_model_len) are simply nodes and mask groups that are absent.
+
+Source: BiTA (arXiv 2401.12522) section 3.2 for the tree of widths; DESIGN section 2 for everything else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+MAX_ROWS = 256
+
+
+class TemplateError(ValueError):
+    """A tree template that cannot be used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """Rows of a step block: root first, then draft nodes, then mask groups.
+
+    Attributes:
+        parent: `[R]` int32, row of the parent, -1 for the root.
+        rank: `[R]` int32, candidate rank a draft node takes (0 is the most likely); -1 elsewhere.
+        mask_index: `[R]` int32, index of a mask row within its group; -1 for the root and draft nodes.
+    """
+
+    parent: np.ndarray
+    rank: np.ndarray
+    mask_index: np.ndarray
+
+    @classmethod
+    def build(
+        cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int] | None = None
+    ) -> Template:
+        """Make a template from draft nodes and mask groups.
+
+        Args:
+            nodes: (parent row, candidate rank) of draft node rows 1, 2, ...; the root is row 0.
+            groups: row of the root or of a draft node -> length of its mask group.
+
+        Raises:
+            TemplateError: a parent that comes later, two children with one rank, too many rows.
+        """
+        parent, rank, mask_index = [-1], [-1], [-1]
+        for row, (node_parent, node_rank) in enumerate(nodes, start=1):
+            if not 0 <= node_parent < row:
+                raise TemplateError(
+                    f"Tree template: node {row} has parent {node_parent}, "
+                    f"but a parent must be an earlier row (0 to {row - 1}, 0 is the root)."
+                )
+            if node_rank < 0:
+                raise TemplateError(f"Tree template: node {row} has rank {node_rank}; ranks start at 0.")
+            parent.append(node_parent)
+            rank.append(node_rank)
+            mask_index.append(-1)
+        if len(set(nodes)) != len(nodes):
+            raise TemplateError("Tree template: two nodes share both parent and rank; each candidate may appear once.")
+        num_nodes = len(parent)
+        for row, length in sorted((groups or {}).items()):
+            if not 0 <= row < num_nodes:
+                raise TemplateError(
+                    f"Tree template: mask group under row {row}, but the root and nodes are rows 0 to {num_nodes - 1}."
+                )
+            for index in range(length):
+                parent.append(row if index == 0 else len(parent) - 1)
+                rank.append(-1)
+                mask_index.append(index)
+        if len(parent) > MAX_ROWS:
+            raise TemplateError(f"Tree template has {len(parent)} rows; at most {MAX_ROWS} are supported, use a smaller tree.")
+        return cls(*(np.array(column, dtype=np.int32) for column in (parent, rank, mask_index)))
+
+    @classmethod
+    def from_widths(cls, widths: Sequence[int], num_masks: int) -> Template:
+        """The paper's tree: at each depth only the top candidate of the depth above has children.
+
+        A full mask group of `num_masks` rows hangs under the root and every node.
+        """
+        if not widths or any(width < 1 for width in widths):
+            raise TemplateError(f"Tree widths {list(widths)}: each depth needs at least one candidate, as in '5,4,3'.")
+        if len(widths) > num_masks:
+            raise TemplateError(
+                f"Tree widths {list(widths)} have {len(widths)} depths, but the adapter has {num_masks} mask tokens, "
+                f"so at most {num_masks} depths can be drafted."
+            )
+        nodes: list[tuple[int, int]] = []
+        top = 0
+        for width in widths:
+            first = len(nodes) + 1
+            nodes += [(top, rank) for rank in range(width)]
+            top = first
+        return cls.build(nodes, {row: num_masks for row in range(len(nodes) + 1)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Template:
+        """Read `{"nodes": [[parent, rank], ...], "groups": {"0": 3, ...}}`."""
+        try:
+            content = json.loads(Path(path).read_text())
+            nodes = [(int(parent), int(rank)) for parent, rank in content["nodes"]]
+            groups = {int(row): int(length) for row, length in content["groups"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TemplateError(
+                f"Tree template file {path} cannot be read ({type(error).__name__}: {error}); "
+                'expected JSON like {"nodes": [[0, 0], [0, 1], [1, 0]], "groups": {"0": 3, "1": 2}}.'
+            ) from None
+        return cls.build(nodes, groups)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON form that `load` reads."""
+        nodes = [[int(self.parent[row]), int(self.rank[row])] for row in range(1, self.num_nodes)]
+        groups = {str(row): int(length) for row, length in enumerate(self.group_length) if length}
+        Path(path).write_text(json.dumps({"nodes": nodes, "groups": groups}) + "\n")
+
+    @property
+    def num_rows(self) -> int:
+        """R: root, draft nodes and mask rows."""
+        return len(self.parent)
+
+    @cached_property
+    def num_nodes(self) -> int:
+        """Root and draft nodes: the rows whose tokens may be emitted."""
+        return int((self.mask_index < 0).sum())
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        """`[R]` int32, distance from the root; the row's position is the root's plus this."""
+        depth = np.zeros(self.num_rows, dtype=np.int32)
+        for row in range(1, self.num_rows):
+            depth[row] = depth[self.parent[row]] + 1
+        return depth
+
+    @cached_property
+    def max_depth(self) -> int:
+        """Deepest draft node."""
+        return int(self.depth[: self.num_nodes].max())
+
+    @cached_property
+    def max_rank(self) -> int:
+        """Candidates needed of one mask row."""
+        return int(self.rank.max()) + 1
+
+    @cached_property
+    def group_length(self) -> np.ndarray:
+        """`[num_nodes]` int32, length of the mask group under each node, 0 for none."""
+        length = np.zeros(self.num_nodes, dtype=np.int32)
+        for first in np.flatnonzero(self.mask_index == 0):
+            end = first + 1
+            while end < self.num_rows and self.mask_index[end] > 0:
+                end += 1
+            length[self.parent[first]] = end - first
+        return length
+
+    @property
+    def num_masks(self) -> int:
+        """Length of the longest mask group."""
+        return int(self.group_length.max())
+
+    @cached_property
+    def ancestors(self) -> np.ndarray:
+        """`[R, R]` bool, row i sees row j of its own block: j is i or an ancestor of i."""
+        seen = np.eye(self.num_rows, dtype=bool)
+        for row in range(1, self.num_rows):
+            seen[row] |= seen[self.parent[row]]
+        return seen
+
+    @cached_property
+    def candidate_rows(self) -> np.ndarray:
+        """`[num_nodes, num_masks]` int32: mask row that predicts depth d+1 of the next block, or -1.
+
+        Entry (v, d) holds for a walk that stopped at node v: v's own group where it is long enough, else
+        the nearest ancestor's whose group reaches that far (left-over candidates: a mask's prediction for
+        a position that is still ahead). The entries that are not -1 are a prefix of each line.
+        """
+        rows = np.full((self.num_nodes, self.num_masks), -1, dtype=np.int32)
+        first_mask = {int(self.parent[row]): int(row) for row in np.flatnonzero(self.mask_index == 0)}
+        for node in range(self.num_nodes):
+            ancestor = node
+            while ancestor >= 0:
+                shift = self.depth[node] - self.depth[ancestor]
+                for d in range(self.group_length[ancestor] - shift):
+                    if rows[node, d] < 0:
+                        rows[node, d] = first_mask[ancestor] + shift + d
+                ancestor = int(self.parent[ancestor])
+        return rows
+
+    def restrict(self, num_depths: int) -> Template:
+        """The template without draft nodes deeper than `num_depths`, and without their mask groups."""
+        kept = [row for row in range(self.num_nodes) if self.depth[row] <= num_depths]
+        new_row = {old: new for new, old in enumerate(kept)}
+        return Template.build(
+            [(new_row[int(self.parent[row])], int(self.rank[row])) for row in kept[1:]],
+            {new_row[row]: int(self.group_length[row]) for row in kept},
+        )
+
+    def describe(self) -> str:
+        """For logs: nodes by depth, mask rows, total."""
+        by_depth = np.bincount(self.depth[1 : self.num_nodes])[1:]
+        return (
+            f"{self.num_rows} rows: {self.num_nodes - 1} draft nodes ({','.join(map(str, by_depth))} by depth), "
+            f"{self.num_rows - self.num_nodes} mask rows in {int((self.group_length > 0).sum())} groups"
+        )
+
+
+class TemplateTable:
+    """The blocks a template can take, one for each number of depths that have candidates, padded to R.
+
+    Line D (0 to max_depth) is `template.restrict(D)`: D = 0 is the block of a request without candidates.
+
+    Attributes:
+        num_rows: `[D+1]` int32.
+        num_nodes: `[D+1]` int32.
+        depth, parent, rank, mask_index: `[D+1, R]` int32 (0, -1, -1, -1 in padding).
+        ancestors: `[D+1, R, R]` bool.
+        candidate_rows: `[D+1, max_nodes, max_depth]` int32, as `Template.candidate_rows`, -1 in padding.
+    """
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        variants = [template.restrict(depths) for depths in range(template.max_depth + 1)]
+        lines, rows = len(variants), template.num_rows
+        self.num_rows = np.array([v.num_rows for v in variants], dtype=np.int32)
+        self.num_nodes = np.array([v.num_nodes for v in variants], dtype=np.int32)
+        self.depth = np.zeros((lines, rows), dtype=np.int32)
+        self.parent = np.full((lines, rows), -1, dtype=np.int32)
+        self.rank = np.full((lines, rows), -1, dtype=np.int32)
+        self.mask_index = np.full((lines, rows), -1, dtype=np.int32)
+        self.ancestors = np.zeros((lines, rows, rows), dtype=bool)
+        self.candidate_rows = np.full((lines, template.num_nodes, template.max_depth), -1, dtype=np.int32)
+        for line, variant in enumerate(variants):
+            n = variant.num_rows
+            self.depth[line, :n] = variant.depth
+            self.parent[line, :n] = variant.parent
+            self.rank[line, :n] = variant.rank
+            self.mask_index[line, :n] = variant.mask_index
+            self.ancestors[line, :n, :n] = variant.ancestors
+            used = min(variant.num_masks, template.max_depth)
+            self.candidate_rows[line, : variant.num_nodes, :used] = variant.candidate_rows[:, :used]

@@ -1,0 +1,32 @@
+"""Models for the tests, made once a session: `embedded_model` and `tiny_model(architecture)`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bita_vllm.embedded import embedded_model_dir
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The Hugging Face directory of SmolLM2-135M-Instruct."""
+    return embedded_model_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory: `tiny_model("llama", dtype="float32", **config_overrides)` returns a directory."""
+    from tiny_models import make_tiny_model  # imports torch: only for tests that need it
+
+    made: dict[str, Path] = {}
+
+    def factory(architecture: str, dtype: str = "float32", **overrides: Any) -> Path:
+        key = f"{architecture}-{dtype}-{sorted(overrides.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            made[key] = make_tiny_model(folder, architecture, dtype, **overrides)
+        return made[key]
+
+    return factory

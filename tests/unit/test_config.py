@@ -1,0 +1,318 @@
+"""Options of the method: what they become, and that every wrong one is refused in one sentence."""
+
+import copy
+import json
+import pickle
+import shutil
+
+import pytest
+import vllm.envs as envs
+from safetensors.torch import load_file, save_file
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+from bita_vllm import config as bita_config
+from bita_vllm import plugin
+from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+from bita_vllm.config import get_settings
+from bita_vllm.tree import Template
+
+plugin.register()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    """An untrained adapter for the tiny Llama: k = 3, row budget 20."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = tiny_model("llama")
+    text_config = json.loads((base / "config.json").read_text())
+    shape = ModelShape.from_hf_config(text_config)
+    save_adapter(
+        folder,
+        random_adapter(
+            shape,
+            3,
+            4,
+            0,
+            verifier=str(base),
+            transformer_layer_config=text_config,
+            speculative_tokens=20,
+        ),
+    )
+    return folder
+
+
+@pytest.fixture
+def make(tiny_model, adapter):
+    """Build the engine config of a bita run: options of the method, then engine arguments."""
+
+    def factory(options=None, **engine):
+        speculative = {"method": "bita", "model": str(adapter), **(options or {})}
+        engine = {"model": str(tiny_model("llama")), "max_model_len": 256, **engine}
+        return EngineArgs(**engine, speculative_config=speculative).create_engine_config()
+
+    return factory
+
+
+def refused(build) -> str:
+    """The one sentence `build` is refused with."""
+    with pytest.raises(ValueError) as error:
+        build()
+    message = str(error.value)
+    assert "\n" not in message
+    assert "validation error" not in message
+    return message
+
+
+def test_default_tree_fits_the_adapters_budget(make):
+    settings = get_settings(make())
+    assert settings.tree == "auto"
+    assert settings.num_speculative_tokens == settings.template.num_rows - 1 <= 20
+    assert settings.template.max_depth >= 1
+    assert settings.num_mask_tokens == 3
+
+
+def test_row_budget_bounds_the_automatic_tree(make):
+    settings = get_settings(make({"num_speculative_tokens": 11}))
+    assert settings.num_speculative_tokens <= 11
+
+
+@pytest.mark.parametrize("tree", ["2,1", " 2, 1", "5,4,3", "4"])
+def test_widths_set_the_rows(make, tree):
+    settings = get_settings(make({"tree": tree}))
+    expected = Template.from_widths([int(width) for width in tree.split(",")], 3)
+    assert (settings.template.parent == expected.parent).all()
+    assert settings.num_speculative_tokens == expected.num_rows - 1
+
+
+def test_one_width_may_arrive_as_a_number(make):
+    assert get_settings(make({"tree": 4})).template.max_depth == 1
+
+
+def test_template_file_sets_the_rows(make, tmp_path):
+    template = Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 1: 1})
+    template.save(tmp_path / "tree.json")
+    settings = get_settings(make({"tree": str(tmp_path / "tree.json")}))
+    assert (settings.template.parent == template.parent).all()
+
+
+def test_scheduler_counts_the_template_rows(make):
+    config = make({"tree": "2,1", "num_speculative_tokens": 60})
+    assert config.num_speculative_tokens == get_settings(config).num_speculative_tokens == 15
+
+
+def test_run_gets_our_worker_and_synchronous_scheduling(make):
+    config = make()
+    assert config.parallel_config.worker_cls == bita_config.WORKER_CLS
+    assert config.scheduler_config.async_scheduling is False
+    assert not config.use_v2_model_runner
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy, replace])
+def test_settings_survive_every_copy_vllm_makes(make, copied):
+    config = make({"tree": "2,1"})
+    other = copied(config)
+    other = pickle.loads(other) if isinstance(other, bytes) else other
+    assert get_settings(other).tree == "2,1"
+    assert (get_settings(other).template.parent == get_settings(config).template.parent).all()
+    assert repr(other.speculative_config) == repr(config.speculative_config)
+    assert other.compute_hash() == config.compute_hash()
+
+
+def test_config_looks_like_bita_and_like_no_other_method(make, adapter):
+    spec = make({"tree": "2,1"}).speculative_config
+    assert repr(spec) == (
+        f"SpeculativeConfig(method='bita', model='{adapter}', num_spec_tokens=15, tree='2,1')"
+    )
+    assert not spec.use_eagle() and not spec.uses_draft_model() and not spec.uses_draft_kv_cache()
+    assert not spec.use_ngram() and not spec.uses_extract_hidden_states()
+    assert spec.max_num_new_slots_for_drafting == 0
+
+
+def test_compile_cache_does_not_mix_bita_with_plain(make, tiny_model):
+    plain = EngineArgs(str(tiny_model("llama")), max_model_len=256).create_engine_config()
+    assert get_settings(plain) is None
+    assert make().compute_hash() != plain.compute_hash()
+
+
+OPTIONS = {
+    "unknown option": (
+        {"treee": "5,4,3"},
+        ["'treee'", "method, model, num_speculative_tokens, tree"],
+    ),
+    "draft parallelism": ({"draft_tensor_parallel_size": 1}, ["'draft_tensor_parallel_size'", "1"]),
+    "synthetic acceptance": (
+        {"rejection_sample_method": "synthetic"},
+        ["'rejection_sample_method'", "'synthetic'"],
+    ),
+    "batch-size table": (
+        {"num_speculative_tokens_per_batch_size": [[1, 4, 8]]},
+        ["'num_speculative_tokens_per_batch_size'"],
+    ),
+    "draft quantization": ({"quantization": "fp8"}, ["'quantization'", "'fp8'"]),
+    "no adapter": ({"model": None}, ["--speculative-model"]),
+    "adapter not there": ({"model": "/no/such/adapter"}, ["/no/such/adapter", "does not exist"]),
+    "budget zero": ({"num_speculative_tokens": 0}, ["num_speculative_tokens is 0", "1 to 255"]),
+    "budget too large": ({"num_speculative_tokens": 256}, ["is 256", "1 to 255"]),
+    "budget as text": ({"num_speculative_tokens": "9"}, ["'9'", "whole number"]),
+    "budget below the tree": (
+        {"tree": "5,4,3", "num_speculative_tokens": 20},
+        ["is 20", "'5,4,3' needs 51"],
+    ),
+    "tree of another type": ({"tree": [5, 4, 3]}, ["[5, 4, 3]", "'5,4,3'"]),
+    "tree without meaning": ({"tree": "5;4"}, ["'5;4'", "'auto'"]),
+    "tree deeper than masks": ({"tree": "2,1,1,1"}, ["4 depths", "3 mask tokens"]),
+    "tree with a zero": ({"tree": "2,0"}, ["[2, 0]", "at least one"]),
+}
+
+
+@pytest.mark.parametrize(("options", "facts"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_wrong_option_is_refused_in_one_sentence(make, options, facts):
+    message = refused(lambda: make(options))
+    assert all(fact in message for fact in facts), message
+
+
+def test_default_values_of_vllms_options_are_not_in_the_way(make):
+    assert get_settings(make({"rejection_sample_method": "standard", "quantization": None}))
+
+
+def test_template_file_that_is_broken_is_refused(make, tmp_path):
+    (tmp_path / "tree.json").write_text("{")
+    assert "tree.json" in refused(lambda: make({"tree": str(tmp_path / "tree.json")}))
+
+
+def test_template_with_longer_groups_than_the_adapter_has_masks_is_refused(make, tmp_path):
+    Template.build([(0, 0)], {0: 4}).save(tmp_path / "tree.json")
+    message = refused(lambda: make({"tree": str(tmp_path / "tree.json")}))
+    assert "4 rows" in message and "3 mask tokens" in message
+
+
+ENGINE = {
+    "model length": ({"max_model_len": 52}, ["max_model_len is 52", "52 rows", "at least 53"]),
+    "token budget": (
+        {"max_num_batched_tokens": 51, "max_num_seqs": 4},
+        ["max_num_batched_tokens is 51", "52 rows"],
+    ),
+    "async scheduling": ({"async_scheduling": True}, ["async_scheduling"]),
+    "worker class": ({"worker_cls": "mine.Worker"}, ["worker_cls", "'mine.Worker'"]),
+    "tensor parallel": (
+        {"tensor_parallel_size": 2},
+        ["tensor parallelism", "tensor_parallel_size 2"],
+    ),
+    "pipeline parallel": ({"pipeline_parallel_size": 2}, ["pipeline parallelism"]),
+    "LoRA": ({"enable_lora": True, "max_lora_rank": 8}, ["LoRA"]),
+    "quantised KV cache": ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2'"]),
+    "prompt embeddings": ({"enable_prompt_embeds": True}, ["prompt embeddings"]),
+    "logits processors": ({"logits_processors": ["mine:Processor"]}, ["mine:Processor"]),
+    "KV connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        ["KV connectors"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("engine", "facts"), ENGINE.values(), ids=ENGINE.keys())
+def test_engine_that_cannot_serve_bita_is_refused_by_name(make, engine, facts):
+    message = refused(lambda: make({"tree": "5,4,3"}, **engine))
+    assert all(fact in message for fact in facts), message
+
+
+def test_model_runner_v2_on_cpu_is_refused(make, monkeypatch):
+    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", True, raising=False)
+    assert "VLLM_USE_V2_MODEL_RUNNER=1" in refused(make)
+
+
+def test_other_platforms_are_refused(make, monkeypatch):
+    monkeypatch.setattr(type(bita_config.current_platform), "is_cpu", lambda self: False)
+    assert "CPU platform only" in refused(make)
+
+
+def damaged(adapter, tmp_path, change):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    change(folder)
+    return folder
+
+
+def _truncate(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _poison(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mask_embeddings"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _other_type(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "speculators_model_type": "eagle3"}))
+
+
+DAMAGE = {
+    "truncated": (_truncate, ["truncated"]),
+    "NaN": (_poison, ["mask_embeddings", "NaN"]),
+    "pickle": (_pickle_only, ["pickle", "pytorch_model.bin"]),
+    "another method": (_other_type, ["'eagle3'", "bita"]),
+}
+
+
+@pytest.mark.parametrize(("change", "facts"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_adapter_is_refused_before_any_process_starts(
+    make, adapter, tmp_path, change, facts
+):
+    folder = damaged(adapter, tmp_path, change)
+    message = refused(lambda: make({"model": str(folder)}))
+    assert all(fact in message for fact in facts), message
+
+
+MISFITS = {
+    "layers": ({"num_hidden_layers": 4}, ["num_layers", "3", "4"]),
+    "KV heads": ({"num_key_value_heads": 4}, ["num_kv_heads", "2", "4"]),
+    "vocabulary": ({"vocab_size": 640}, ["vocab_size", "512", "640"]),
+}
+
+
+@pytest.mark.parametrize(("overrides", "facts"), MISFITS.values(), ids=MISFITS.keys())
+def test_adapter_for_another_model_is_refused_with_both_numbers(make, tiny_model, overrides, facts):
+    message = refused(lambda: make(model=str(tiny_model("llama", **overrides))))
+    assert all(fact in message for fact in facts), message
+
+
+def verify(make, **params):
+    config = make({"tree": "2,1"}, skip_tokenizer_init=True)
+    SamplingParams(**params).verify(
+        config.model_config, config.speculative_config, config.structured_outputs_config, None
+    )
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"min_tokens": 3}, {"allowed_token_ids": [3, 4]},
+        {"seed": 1, "top_k": 4, "top_p": 0.9}, {"repetition_penalty": 1.2, "logprobs": 3, "n": 2},
+    ],
+    ids=lambda params: "-".join(params),
+)  # fmt: skip
+def test_request_that_bita_serves_is_let_through(make, params):
+    verify(make, **params)
+
+
+def test_structured_output_request_is_refused(make):
+    with pytest.raises(VLLMValidationError, match="Structured output"):
+        verify(make, structured_outputs=StructuredOutputsParams(regex="a+"))
+
+
+def test_logits_processors_are_plain_vllms(make):
+    import torch
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, build_logitsprocs
+
+    built = build_logitsprocs(make(), torch.device("cpu"), False, False, ())
+    assert {type(processor) for processor in built.all} == set(BUILTIN_LOGITS_PROCESSORS)
