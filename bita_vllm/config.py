@@ -9,7 +9,7 @@ no draft model, no draft KV cache, no async scheduling (vllm/config/speculative.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
 from bita_vllm.tree import MAX_ROWS, Template
+from bita_vllm.tree_search import best_template
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 METHOD = "bita"
 WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
+SCHEDULER_CLS = "bita_vllm.scheduler.BitaScheduler"
 OPTIONS = ("method", "model", "num_speculative_tokens", "tree")
 
 
@@ -62,8 +64,7 @@ class BitaSettings:
 class DrafterSeat:
     """Fills vLLM's drafter seat: the runner makes the next block itself, after verification.
 
-    Source: vllm/v1/spec_decode/custom_class_proposer.py builds it, GPUModelRunner.load_model
-    loads it.
+    Source: GPUModelRunner.load_model and propose_draft_token_ids (vllm/v1/worker).
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -143,6 +144,7 @@ def build_speculative_config(
         ValueError: ConfigError, AdapterError or TemplateError, each one sentence.
     """
     _check_option_names(options)
+    _refuse_first(_unsupported_model(model_config))
     name = options.get("model")
     if not isinstance(name, str) or not name:
         raise ConfigError(
@@ -194,10 +196,10 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
 def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:
     """The tree as given, and the template: explicit, or the best one within the row budget."""
     budget = options.get("num_speculative_tokens")
-    if budget is not None and (type(budget) is not int or not 1 <= budget < MAX_ROWS):
+    if budget is not None and (type(budget) is not int or not 2 <= budget < MAX_ROWS):
         raise ConfigError(
             f"num_speculative_tokens is {budget!r}; with method 'bita' it is the row budget less "
-            f"one, a whole number from 1 to {MAX_ROWS - 1}."
+            f"one, a whole number from 2 to {MAX_ROWS - 1}."
         )
     tree = options.get("tree", "auto")
     if type(tree) is int:  # --speculative-config.tree 4 arrives as a number
@@ -209,7 +211,9 @@ def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tupl
         )
     if tree == "auto":
         num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
-        return tree, Template.best(num_rows, adapter.num_mask_tokens, adapter.acceptance)
+        statistics = adapter.acceptance
+        acceptance = None if statistics is None else statistics.get("rank_probability", ())
+        return tree, best_template(num_rows, adapter.num_mask_tokens, acceptance)
 
     template = _explicit_template(tree, adapter.num_mask_tokens)
     if template.num_masks > adapter.num_mask_tokens:
@@ -263,9 +267,15 @@ def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
             "async_scheduling is on, but bita on CPU schedules each step after the last one; "
             "leave it out."
         )
-    if args.enable_lora:  # here, for vLLM's own message about LoRA with drafts is about row counts
-        raise ConfigError(_not_supported("LoRA (enable_lora)"))
+    # Here already: vLLM's own message about LoRA with drafts is about row counts.
+    _refuse_first([("LoRA (enable_lora)", args.enable_lora)])
+    if args.scheduler_cls not in (None, SCHEDULER_CLS):
+        raise ConfigError(
+            f"scheduler_cls is {args.scheduler_cls!r}, but bita needs its own scheduler; "
+            "leave it out."
+        )
     parallel_config.worker_cls = WORKER_CLS
+    args.scheduler_cls = SCHEDULER_CLS
     args.async_scheduling = False
 
 
@@ -284,24 +294,21 @@ def check_engine(vllm_config: VllmConfig, settings: BitaSettings) -> None:
             f"max_num_batched_tokens is {budget}, but a step block of this tree has {num_rows} "
             f"rows; use at least {num_rows}, or a smaller tree (num_speculative_tokens)."
         )
-    for feature, present in _unsupported(vllm_config):
+    _refuse_first(_unsupported_engine(vllm_config))
+
+
+def _refuse_first(features: Iterable[tuple[str, bool]]) -> None:
+    for feature, present in features:
         if present:
-            raise ConfigError(_not_supported(feature))
+            raise ConfigError(
+                f"Speculative method 'bita' does not support {feature}; "
+                "serve without it, or without bita."
+            )
 
 
-def _not_supported(feature: str) -> str:
-    return (
-        f"Speculative method 'bita' does not support {feature}; serve without it, or without bita."
-    )
-
-
-def _unsupported(c: VllmConfig) -> Iterator[tuple[str, bool]]:
-    """(feature as the user knows it, whether this run has it)."""
-    model, parallel = c.model_config, c.parallel_config
+def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
+    """(feature as the user knows it, whether this model has it)."""
     arch = model.architecture
-    for name in ("tensor", "pipeline", "data", "prefill_context", "decode_context"):
-        size = getattr(parallel, f"{name}_parallel_size")
-        yield f"{name.replace('_', ' ')} parallelism on CPU ({name}_parallel_size {size})", size > 1
     yield f"pooling models (runner {model.runner_type!r})", model.runner_type != "generate"
     yield f"encoder-decoder models ({arch})", model.is_encoder_decoder
     yield f"multimodal models ({arch})", model.supports_multimodal_inputs
@@ -311,19 +318,23 @@ def _unsupported(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     yield f"hybrid or state-space models ({arch})", model.is_hybrid or model.has_inner_state
     yield f"multi-head latent attention ({arch})", model.use_mla
     yield f"chunked local attention ({arch})", model.attention_chunk_size is not None
-    yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
-    dtype = c.cache_config.cache_dtype
-    yield f"a quantised KV cache (kv_cache_dtype {dtype!r})", is_quantized_kv_cache(dtype)
-    yield (
-        "fast prefill over shared KV (kv_sharing_fast_prefill)",
-        c.cache_config.kv_sharing_fast_prefill,
-    )
     yield "prompt embeddings (enable_prompt_embeds)", model.enable_prompt_embeds
     installed = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
-    yield (
-        f"custom logits processors ({installed or model.logits_processors})",
-        bool(installed or model.logits_processors),
-    )
+    custom = installed + list(model.logits_processors or ())
+    yield f"custom logits processors ({', '.join(map(str, custom))})", bool(custom)
+
+
+def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
+    """(feature as the user knows it, whether this engine has it)."""
+    for name in ("tensor", "pipeline", "data", "prefill_context", "decode_context"):
+        size = getattr(c.parallel_config, f"{name}_parallel_size")
+        yield f"{name.replace('_', ' ')} parallelism on CPU ({name}_parallel_size {size})", size > 1
+    yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
+    cache = c.cache_config
+    quantised = is_quantized_kv_cache(cache.cache_dtype)
+    yield f"a quantised KV cache (kv_cache_dtype {cache.cache_dtype!r})", quantised
+    shared = cache.kv_sharing_fast_prefill
+    yield "fast prefill over shared KV (kv_sharing_fast_prefill)", shared
 
 
 def refuse_request(params: SamplingParams) -> str | None:

@@ -14,12 +14,10 @@ import functools
 import importlib
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
-from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger("vllm.bita")
@@ -124,25 +122,6 @@ def _validate_spec_decode(original: Function, self: Any, speculative_config: Any
         raise VLLMValidationError(reason)
 
 
-def _build_logitsprocs(
-    original: Function,
-    vllm_config: Any,
-    device: Any,
-    is_pin_memory: bool,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    from bita_vllm.config import get_settings
-
-    if get_settings(vllm_config) is None:
-        return original(vllm_config, device, is_pin_memory, *args, **kwargs)
-    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
-
-    return LogitsProcessors(
-        processor(vllm_config, device, is_pin_memory) for processor in BUILTIN_LOGITS_PROCESSORS
-    )
-
-
 _ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
@@ -179,12 +158,6 @@ PATCHES = (
         "min_p and logit_bias work with bita; what does not is refused per request",
         "(self, speculative_config)",
         _validate_spec_decode,
-    ),
-    Hook(
-        "vllm.v1.sample.logits_processor:build_logitsprocs",
-        "vLLM drops min_p and logit_bias processors under speculative decoding; bita keeps them",
-        "(vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs=)",
-        _build_logitsprocs,
     ),
 )
 
@@ -248,11 +221,6 @@ OVERRIDES = (
         f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder.build",
         "metadata of step blocks",
         "(self, common_prefix_len, common_attn_metadata, fast_build=)",
-    ),
-    Hook(
-        "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer",
-        "fills the drafter seat",
-        "(vllm_config)",
     ),
     Hook(
         f"{_SCHEDULER}.make_spec_decoding_stats",
@@ -382,8 +350,8 @@ def _apply(hook: Hook) -> None:
     new = _patched(_function(stored), hook.patch)
     if isinstance(stored, staticmethod | classmethod):
         new = type(stored)(new)
-    _replace(owner, name, stored, new)
-    _UNDO.append(functools.partial(_replace, owner, name, new, stored))
+    setattr(owner, name, new)
+    _UNDO.append(functools.partial(setattr, owner, name, stored))
     _APPLIED[hook.target] = _function(stored)
 
 
@@ -393,12 +361,3 @@ def _patched(original: Function, patch: Any) -> Any:
         return patch(original, *args, **kwargs)
 
     return patched
-
-
-def _replace(owner: Any, name: str, old: Any, new: Any) -> None:
-    """Set the attribute; a module-level function also in the modules of vLLM that imported it."""
-    setattr(owner, name, new)
-    if isinstance(owner, ModuleType):
-        for key, module in list(sys.modules.items()):
-            if key.startswith("vllm.") and getattr(module, "__dict__", {}).get(name) is old:
-                setattr(module, name, new)

@@ -40,7 +40,7 @@ class Template:
 
     @classmethod
     def build(
-        cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int] | None = None
+        cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int]
     ) -> Template:
         """Make a template from draft nodes and mask groups.
 
@@ -66,7 +66,12 @@ class Template:
         if len(set(nodes)) != len(nodes):
             raise TemplateError("Tree template: two nodes share both parent and rank; each candidate may appear once.")
         num_nodes = len(parent)
-        for row, length in sorted((groups or {}).items()):
+        if not groups or not groups.get(0):
+            raise TemplateError(
+                "Tree template: the root needs a mask group, or a request would never get candidates; "
+                'add "0" to the groups.'
+            )
+        for row, length in sorted(groups.items()):
             if not 0 <= row < num_nodes:
                 raise TemplateError(
                     f"Tree template: mask group under row {row}, but the root and nodes are rows 0 to {num_nodes - 1}."
@@ -92,12 +97,10 @@ class Template:
                 f"Tree widths {list(widths)} have {len(widths)} depths, but the adapter has {num_masks} mask tokens, "
                 f"so at most {num_masks} depths can be drafted."
             )
-        nodes: list[tuple[int, int]] = []
-        top = 0
-        for width in widths:
-            first = len(nodes) + 1
-            nodes += [(top, rank) for rank in range(width)]
-            top = first
+        # The chain of top candidates first: the likeliest path then lies in its KV slots already.
+        nodes = [(depth, 0) for depth in range(len(widths))]
+        for depth, width in enumerate(widths):
+            nodes += [(depth, rank) for rank in range(1, width)]
         return cls.build(nodes, {row: num_masks for row in range(len(nodes) + 1)})
 
     @classmethod

@@ -69,8 +69,9 @@ def make_tiny_model(
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(0.15 * noise)
-        # Where the output layer is tied to it, a large embedding would only repeat the input token.
-        model.get_input_embeddings().weight.mul_(1 / 3)
+        if architecture == "gemma2":  # scales its tied embeddings up: it would repeat its input
+            model.get_input_embeddings().weight.div_(6)
+            model.model.norm.weight.add_(5)  # logits as large as before
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer(config.vocab_size).save_pretrained(folder)
     return folder

@@ -196,40 +196,39 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         Query heads of a KV head are packed with the rows into one matmul, so K/V are read once a KV head.
         """
         (num_requests, n), heads, dim = group.rows.shape, self.num_kv_heads, self.head_size
-        packed, batch = self.num_queries_per_kv * n, num_requests * heads
-        q = query.view(-1, heads, self.num_queries_per_kv, dim)[group.rows]
-        q = q.permute(0, 2, 3, 1, 4).reshape(batch, packed, dim).float() * self.scale
-        keys, values = self._gather(kv_cache, group.kv_blocks, num_requests)
-        scores = torch.cat(
-            [
-                torch.matmul(q.view(num_requests, heads, packed, dim), self.prompt_keys).view(batch, packed, -1),
-                torch.bmm(q, keys),
-            ],
-            dim=2,
-        )
+        per_kv_head = self.num_queries_per_kv
+        packed, num_prompt_tokens = per_kv_head * n, self.prompt_keys.shape[2]
+        q = query.view(-1, heads, per_kv_head, dim)[group.rows].permute(0, 2, 3, 1, 4)
+        q = q.reshape(num_requests, heads, packed, dim).float() * self.scale
+        # [B, KV blocks, Hkv, D, block_size] and [B, KV blocks, Hkv, block_size, D]
+        keys, values = self._pages(kv_cache, group.kv_blocks, num_requests)
+        context = torch.matmul(q[:, None], keys).permute(0, 2, 3, 1, 4)
+        num_kv_blocks, block_size = context.shape[3:]
+        scores = torch.cat([torch.matmul(q, self.prompt_keys), context.flatten(3)], dim=3)
         if self.logits_soft_cap:
             scores = torch.tanh(scores / self.logits_soft_cap) * self.logits_soft_cap
-        scores.view(num_requests, -1, n, scores.shape[-1]).add_(bias[:, None])
-        prompt, context = scores.softmax(dim=-1).split([self.prompt_keys.shape[2], keys.shape[2]], dim=2)
-        attended = torch.bmm(context, values)
-        attended += torch.matmul(prompt.view(num_requests, heads, packed, -1), self.prompt_values).view_as(attended)
-        attended = attended.view(num_requests, heads, self.num_queries_per_kv, n, dim).permute(0, 3, 1, 2, 4)
+        scores.view(num_requests, -1, n, scores.shape[3]).add_(bias[:, None])
+        weights = scores.softmax(dim=-1)
+        context = weights[..., num_prompt_tokens:].unflatten(3, (num_kv_blocks, block_size))
+        attended = torch.matmul(context.permute(0, 3, 1, 2, 4), values).sum(dim=1)
+        attended += torch.matmul(weights[..., :num_prompt_tokens], self.prompt_values)
+        attended = attended.view(num_requests, heads, per_kv_head, n, dim).permute(0, 3, 1, 2, 4)
         out[group.rows] = attended.reshape(num_requests, n, -1, dim).to(out.dtype)
 
-    def _gather(
-        self, kv_cache: torch.Tensor, kv_blocks: torch.Tensor, num_requests: int
+    def _pages(
+        self,
+        # [num_blocks, Hkv, block_size, 2 * D]
+        kv_cache: torch.Tensor,
+        # [B * KV blocks]
+        kv_blocks: torch.Tensor,
+        num_requests: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `[B * Hkv, D, slots]` and values `[B * Hkv, slots, D]` of a group's requests, fp32."""
-        heads, dim = self.num_kv_heads, self.head_size
-        block_size = kv_cache.shape[2]
-        pages = kv_cache.view(kv_cache.shape[0], heads, 2, -1)[kv_blocks]
-        pages = pages.view(num_requests, -1, heads, 2, dim * block_size)
-        length = pages.shape[1]
-        keys = torch.empty(num_requests, heads, dim, length, block_size)
-        keys.copy_(pages[:, :, :, 0].view(num_requests, length, heads, dim, block_size).permute(0, 2, 3, 1, 4))
-        values = torch.empty(num_requests, heads, length, block_size, dim)
-        values.copy_(pages[:, :, :, 1].view(num_requests, length, heads, block_size, dim).permute(0, 2, 1, 3, 4))
-        return keys.view(num_requests * heads, dim, -1), values.view(num_requests * heads, -1, dim)
+        """Keys `[B, KV blocks, Hkv, D, block_size]` and values `[B, KV blocks, Hkv, block_size, D]`, fp32."""
+        num_blocks, heads, block_size, _ = kv_cache.shape
+        pages = kv_cache.view(num_blocks, -1).index_select(0, kv_blocks).float()
+        pages = pages.view(num_requests, -1, heads, 2, block_size * self.head_size)
+        keys = pages[:, :, :, 0].unflatten(3, (self.head_size, block_size))
+        return keys, pages[:, :, :, 1].unflatten(3, (block_size, self.head_size))
 
 
 def move_rows(

@@ -104,7 +104,7 @@ def test_adapter_directory_takes_a_row_budget_of_the_user(model, adapter):
 
 
 def test_contradicting_flag_and_json_are_refused(model, adapter):
-    with pytest.raises(ValueError, match="--spec-tokens is 20.*is 30; give it once"):
+    with pytest.raises(ValueError, match=r"--spec-tokens is 20.*is 30; give it once"):
         served(model, "-sc", json.dumps(options(adapter)), "--speculative-tokens", "20")
 
 

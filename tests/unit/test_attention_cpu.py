@@ -1,0 +1,106 @@
+"""Tree attention on CPU against dense attention in float64, over stock KV cache writes."""
+
+import numpy as np
+import pytest
+import torch
+from vllm import _custom_ops as ops
+
+from bita_vllm.attention.cpu import TreeCPUAttentionImpl, TreeMetadata, move_rows
+from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
+from bita_vllm.tree import Template, TemplateTable
+
+HEADS_KV, GROUP, P = 2, 3, 5
+TABLE = TemplateTable(Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2}))
+
+
+def write(kv_cache, keys, values, slots, isa):
+    """Stock cache write (ops.cpu_attn_reshape_and_cache)."""
+    key_cache, value_cache = kv_cache.view(*kv_cache.shape[:2], -1, keys.shape[2]).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        keys, values, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+    )
+
+
+def make_impl(head_size, softcap, window):
+    impl = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
+    impl.num_heads, impl.num_kv_heads, impl.num_queries_per_kv = HEADS_KV * GROUP, HEADS_KV, GROUP
+    impl.head_size, impl.scale, impl.logits_soft_cap, impl.sliding_window = head_size, 0.2, softcap, window
+    impl.prompt_keys = torch.randn(HEADS_KV, head_size, P)
+    impl.prompt_values = torch.randn(HEADS_KV, P, head_size)
+    return impl
+
+
+@pytest.mark.parametrize("softcap, window", [(0, -1), (5.0, -1), (0, 6)], ids=["plain", "softcap", "window"])
+@pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, window):
+    torch.manual_seed(0)
+    generator = np.random.default_rng(0)
+    lines = np.array([3, 0, NO_BLOCK, 3, 2, 3])
+    context = np.array([0, 7, 11, 70, 33, 31])
+    scheduled = np.where(lines >= 0, TABLE.num_rows[lines], 4)
+    scheduled[5] -= 4  # cut by the scheduler
+    blocks = StepBlocks.build(TABLE, lines, scheduled)
+    num_kv_blocks = 120 // block_size + 1
+    table = torch.from_numpy(generator.permutation(6 * num_kv_blocks).reshape(6, -1)).int()
+    kv_cache = torch.zeros(6 * num_kv_blocks, HEADS_KV, block_size, 2 * head_size, dtype=dtype)
+    impl = make_impl(head_size, softcap, window)
+    rows = int(scheduled.sum())
+    query = torch.randn(rows, HEADS_KV * GROUP, head_size).to(dtype)
+    total = context + scheduled
+    keys = [torch.randn(n, HEADS_KV, head_size).to(dtype) for n in total]
+    values = [torch.randn(n, HEADS_KV, head_size).to(dtype) for n in total]
+    for i, n in enumerate(total):
+        at = torch.arange(n)
+        write(kv_cache, keys[i], values[i], table[i][at // block_size].long() * block_size + at % block_size, isa)
+    out = torch.full((rows, HEADS_KV * GROUP, head_size), float("nan"), dtype=dtype)
+
+    tree = TreeMetadata(blocks, context, table, block_size)
+    for group, bias in zip(tree.groups, tree.biases(P, window), strict=True):
+        impl._attend(query, kv_cache, group, bias, out)
+
+    assert not tree.all_rows_in_blocks
+    start = 0
+    for i, (line, n, c) in enumerate(zip(lines, scheduled, context, strict=True)):
+        block_rows = out[start : start + n].double()
+        if line == NO_BLOCK:
+            assert block_rows.isnan().all()  # left to the stock kernel
+        else:
+            depth = TABLE.depth[line, :n]
+            position = np.concatenate([np.arange(c), c + depth])
+            for row in range(n):
+                visible = np.concatenate([np.ones(c, bool), TABLE.ancestors[line, row, :n]])
+                if window > 0:
+                    visible &= (c + depth[row]) - position < window
+                for head in range(HEADS_KV * GROUP):
+                    kv_head = head // GROUP
+                    k = keys[i][torch.from_numpy(visible), kv_head].double()
+                    v = values[i][torch.from_numpy(visible), kv_head].double()
+                    if TABLE.mask_index[line, row] >= 0:
+                        k = torch.cat([impl.prompt_keys[kv_head].T.double(), k])
+                        v = torch.cat([impl.prompt_values[kv_head].double(), v])
+                    score = k @ query[start + row, head].double() * impl.scale
+                    if softcap:
+                        score = torch.tanh(score / softcap) * softcap
+                    expected = score.softmax(0) @ v
+                    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+                    torch.testing.assert_close(block_rows[row, head], expected, atol=tolerance, rtol=tolerance)
+        start += n
+
+
+@pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
+def test_moved_rows_read_as_if_written_there(isa, block_size, head_size):
+    torch.manual_seed(0)
+    layers = [torch.zeros(4, HEADS_KV, block_size, 2 * head_size) for _ in range(3)]
+    expected = [torch.zeros_like(layer) for layer in layers]
+    source, target = torch.tensor([5, 9, block_size + 3]), torch.tensor([4, 5, block_size - 1])  # overlapping
+    for layer, wanted in zip(layers, expected, strict=True):
+        rows = torch.randn(2 * block_size, HEADS_KV, head_size)
+        slots = torch.arange(2 * block_size)
+        write(layer, rows, rows + 1, slots, isa)
+        moved = rows.clone()
+        moved[target] = rows[source]
+        write(wanted, moved, moved + 1, slots, isa)
+    move_rows(layers, head_size, source, target)
+    for layer, wanted in zip(layers, expected, strict=True):
+        assert torch.equal(layer, wanted)

@@ -1,0 +1,118 @@
+"""Step blocks against plain-Python loops: rows, walk, next blocks."""
+
+import numpy as np
+import pytest
+
+from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
+from bita_vllm.tree import Template, TemplateTable
+
+FIRST_MASK_ID = 1000
+TABLES = {
+    "5-4-3": TemplateTable(Template.from_widths([5, 4, 3], 3)),
+    "missing-groups": TemplateTable(Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2})),
+    "chain": TemplateTable(Template.from_widths([1, 1], 2)),
+}
+
+
+def make_step(table, seed, num_requests=9):
+    """Random lines, cuts and prefill rows, with distinct candidate tokens under each parent."""
+    generator = np.random.default_rng(seed)
+    line = generator.integers(-1, len(table.num_rows), num_requests)
+    full = np.where(line >= 0, table.num_rows[line], generator.integers(1, 30, num_requests))
+    cut = generator.random(num_requests) < 0.3
+    scheduled = np.where(cut & (line >= 0), generator.integers(1, full + 1), full)
+    blocks = StepBlocks.build(table, line, scheduled)
+    tokens = generator.permutation(500)[: blocks.num_nodes.sum()]
+    return generator, blocks, tokens
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_positions_and_nodes(name, seed):
+    table = TABLES[name]
+    _, blocks, _ = make_step(table, seed)
+    rows, offsets, start = [], [], 0
+    for line, n in zip(blocks.line, blocks.num_rows, strict=True):
+        if line == NO_BLOCK:
+            rows.append(start + n - 1)
+            offsets += [0] * n
+        else:
+            rows += range(start, start + min(n, table.num_nodes[line]))
+            offsets += [table.depth[line, i] - i for i in range(n)]
+        start += n
+    assert blocks.node_rows().tolist() == rows
+    assert blocks.depth_of_rows().tolist() == offsets
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("seed", range(20))
+def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
+    table = TABLES[name]
+    generator, blocks, tokens = make_step(table, seed)
+    template = table.template
+    # targets that often match a child: half of the nodes want one of their children's tokens
+    targets = generator.integers(600, 700, len(tokens))
+    for request, line in enumerate(blocks.line):
+        first = blocks.first_node[request]
+        for child in range(1, blocks.num_nodes[request]):
+            if generator.random() < 0.5:
+                targets[first + table.parent[line, child]] = tokens[first + child]
+    emitting = generator.random(len(blocks.line)) < 0.9
+    calls = []
+
+    def sample(nodes, walking, step):
+        calls.append((step, int(walking.sum())))
+        return targets[nodes]
+
+    walk = blocks.walk(tokens, sample, emitting)
+    upcoming = blocks.next_blocks(walk)
+    assert [step for step, _ in calls] == list(range(len(calls)))
+    for request, line in enumerate(blocks.line):
+        first, num_nodes = blocks.first_node[request], blocks.num_nodes[request]
+        emitted, path, node = [], [], 0
+        while emitting[request]:
+            emitted.append(targets[first + node])
+            path.append(node)
+            children = [
+                c
+                for c in range(1, num_nodes)
+                if table.parent[line, c] == node and tokens[first + c] == targets[first + node]
+            ]
+            if not children:
+                break
+            node = children[0]
+        assert walk.tokens[request, : len(emitted)].tolist() == emitted
+        assert (walk.tokens[request, len(emitted) :] == -1).all()
+        assert walk.path[request, : len(path)].tolist() == path
+        assert walk.num_emitted[request] == len(emitted)
+        assert walk.last_node[request] == node
+        available = 0
+        if line != NO_BLOCK:
+            rows = table.candidate_rows[line, node]
+            while available < template.max_depth and 0 <= rows[available] < blocks.num_rows[request]:
+                assert upcoming.mask_rows[request, available] == blocks.first_row[request] + rows[available]
+                available += 1
+        assert upcoming.line[request] == available
+        assert (upcoming.mask_rows[request, available:] == -1).all()
+    request, row, place = walk.moves()
+    assert all(walk.path[r, p] == w and p < walk.num_emitted[r] for r, w, p in zip(request, row, place, strict=True))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
+    table = TABLES[name]
+    _, blocks, tokens = make_step(table, 3, num_requests=30)
+    walk = blocks.walk(tokens, lambda nodes, *_: np.full(len(nodes), 900), np.ones(30, dtype=bool))
+    upcoming = blocks.next_blocks(walk)
+    used = upcoming.mask_rows[upcoming.mask_rows >= 0]
+    top_tokens = used[:, None] * 10 + np.arange(table.template.max_rank)
+    drafts = upcoming.fill(table, top_tokens, FIRST_MASK_ID)
+    for request, draft in enumerate(drafts):
+        line = upcoming.line[request]
+        assert len(draft) == table.num_rows[line] - 1
+        for row, token in enumerate(draft, start=1):
+            if row < table.num_nodes[line]:
+                source = upcoming.mask_rows[request, table.depth[line, row] - 1]
+                assert token == source * 10 + table.rank[line, row]
+            else:
+                assert token == FIRST_MASK_ID + table.mask_index[line, row]

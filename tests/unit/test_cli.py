@@ -1,0 +1,114 @@
+"""`bita doctor`: says what is well and what is not, in a table and in JSON, with an exit code."""
+
+import json
+
+import pytest
+
+from bita_vllm import cli, doctor, patches
+from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """What `bita` sets in its own process must not reach other tests."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    shape = ModelShape.from_hf_config(json.loads((base / "config.json").read_text()))
+    save_adapter(folder, random_adapter(shape, 3, 4, 0, verifier=str(base)))
+    return folder
+
+
+def report(capsys, *argv) -> tuple[int, dict]:
+    code = cli.main(["doctor", "--json", *map(str, argv)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def failed(content: dict) -> list[str]:
+    return [check["name"] for check in content["checks"] if not check["ok"]]
+
+
+def test_sound_installation_passes(capsys, base, adapter):
+    code, content = report(capsys, "--model", base, "--adapter", adapter)
+    assert (code, content["ok"], failed(content)) == (0, True, [])
+    names = [check["name"] for check in content["checks"]]
+    hooks = [f"hook {hook.target}" for hook in patches.PATCHES + patches.OVERRIDES]
+    assert names == ["vLLM", "plugin", *hooks, "platform", "adapter"]
+    assert "3 mask tokens, 4 prompt tokens" in content["checks"][-1]["detail"]
+
+
+def test_table_names_every_hook(capsys, adapter):
+    assert cli.main(["doctor", "--adapter", str(adapter)]) == 0
+    out = capsys.readouterr().out
+    assert all(hook.target.rpartition(":")[2] in out for hook in patches.PATCHES)
+    assert "can run bita" in out
+    assert "FAIL" not in out
+
+
+def test_adapter_for_another_model_fails(capsys, tiny_model, adapter):
+    other = tiny_model("llama", num_hidden_layers=4)
+    code, content = report(capsys, "--model", other, "--adapter", adapter)
+    assert (code, failed(content)) == (1, ["adapter"])
+    assert "num_layers is 3 in the adapter but 4 in the model" in content["checks"][-1]["detail"]
+
+
+def test_adapter_that_is_not_there_fails(capsys):
+    code, content = report(capsys, "--adapter", "/no/such/adapter")
+    assert (code, failed(content)) == (1, ["adapter"])
+
+
+def test_model_without_adapter_says_what_is_missing(capsys, base):
+    code, content = report(capsys, "--model", base)
+    assert (code, failed(content)) == (1, ["adapter"])
+
+
+def test_changed_and_missing_hooks_fail_with_both_signatures(capsys, monkeypatch):
+    changed = patches.Hook("vllm.plugins:load_general_plugins", "why", "(group)")
+    missing = patches.Hook("vllm.plugins:no_such_function", "why", "()")
+    monkeypatch.setattr(patches, "OVERRIDES", (changed, missing))
+    code, content = report(capsys)
+    details = {check["name"]: check["detail"] for check in content["checks"]}
+    assert code == 1
+    assert failed(content) == [f"hook {changed.target}", f"hook {missing.target}"]
+    assert "has the signature (), expected (group)" in details[f"hook {changed.target}"]
+    assert "is missing" in details[f"hook {missing.target}"]
+
+
+def test_unsupported_version_fails_and_names_those_that_work(capsys, monkeypatch):
+    monkeypatch.setattr(patches, "vllm_version", lambda: "0.31.2")
+    code, content = report(capsys)
+    assert (code, failed(content)) == (1, ["vLLM"])
+    assert "0.31.2" in content["checks"][0]["detail"]
+    assert "0.32.x and 0.33.x" in content["checks"][0]["detail"]
+
+
+def test_without_vllm_nothing_else_is_checked(monkeypatch):
+    monkeypatch.setattr(patches, "vllm_version", lambda: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    checks = list(doctor.examine())
+    assert [(check.name, check.ok) for check in checks] == [("vLLM", False)]
+    assert "not installed" in checks[0].detail
+
+
+def test_plugin_left_out_by_the_environment_fails(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    code, content = report(capsys)
+    assert (code, failed(content)) == (1, ["plugin"])
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"]], ids=["nothing", "unknown"])
+def test_wrong_command_is_a_usage_error(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: bita" in capsys.readouterr().err
