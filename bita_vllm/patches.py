@@ -169,7 +169,7 @@ OVERRIDES = (
     ),
     Hook(
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
-        "our runner adds its buffers",
+        "our runner is built as a plain one",
         "(self, vllm_config, device)",
     ),
     Hook(
@@ -183,7 +183,20 @@ OVERRIDES = (
         "(self, scheduler_output, num_scheduled_tokens)",
     ),
     Hook(f"{_RUNNER}._sample", "the walk", "(self, logits, spec_decode_metadata)"),
-    Hook(f"{_RUNNER}.sample_tokens", "runs after the forward pass", "(self, grammar_output)"),
+    Hook(
+        f"{_RUNNER}._build_attention_metadata",
+        "hands the step's blocks to the attention layers",
+        "(self, num_tokens, num_reqs, max_query_len, num_tokens_padded=, num_reqs_padded=, "
+        "ubatch_slices=, logits_indices=, max_num_sampled_tokens=, use_spec_decode=, "
+        "for_cudagraph_capture=, num_scheduled_tokens=, slot_mappings=)",
+    ),
+    Hook(f"{_RUNNER}._dummy_sampler_run", "profiles as a plain run", "(self, hidden_states)"),
+    Hook(
+        f"{_RUNNER}._input_fits_in_drafter",
+        "blocks are cut near max_model_len, not dropped",
+        "(self, common_attn_metadata)",
+    ),
+    Hook(f"{_RUNNER}.sample_tokens", "calls walk and proposal", "(self, grammar_output)"),
     Hook(
         f"{_RUNNER}.propose_draft_token_ids",
         "hands out the next block",
@@ -216,6 +229,16 @@ OVERRIDES = (
         f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update",
         "layout of the KV cache",
         "(self, layer, key, value, kv_cache, slot_mapping)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder._set_isa_to_layers",
+        "pins the layout of the KV cache",
+        "(self, layer_names)",
+    ),
+    Hook(
+        "vllm.v1.attention.selector:_cached_get_attn_backend",
+        "is cleared around loading, so that our backend is seen by bita's model only",
+        "(backend, attn_selector_config, num_heads=, *, _run_kv_cache_dtype=)",
     ),
     Hook(
         f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder.build",

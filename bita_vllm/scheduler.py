@@ -33,7 +33,7 @@ class BitaScheduler(Scheduler):
         **kwargs: Any,
     ) -> SpecDecodingStats | None:
         if self.log_stats and spec_decoding_stats is None:
-            spec_decoding_stats = SpecDecodingStats.new(self._max_depth)
+            spec_decoding_stats = SpecDecodingStats.new(self.num_spec_tokens)
         depth = int(self._depth_offered[num_draft_tokens])
         stats = super().make_spec_decoding_stats(spec_decoding_stats, depth, *args, **kwargs)
         return stats or spec_decoding_stats

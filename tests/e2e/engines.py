@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads both when an engine starts
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
 import numpy as np
 import pytest
+import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -45,15 +43,19 @@ def engine(model: Path, bita: dict[str, Any] | None = None, **options: Any) -> I
         "max_num_seqs": 16,
         "block_size": 32,
         "disable_log_stats": False,
+        "kv_cache_memory_bytes": 2**30,
     }
-    llm = LLM(str(model), **{**defaults, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
+        llm = LLM(str(model), **{**defaults, **options})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
 
 def generate(llm: LLM, requests: Requests) -> list[RequestOutput]:
@@ -70,8 +72,53 @@ def run(
         return generate(llm, requests)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Where a greedy output leaves plain vLLM's, and the gap of plain vLLM's own top two logits."""
+
+    request: int
+    position: int
+    plain: int
+    bita: int
+    gap: float
+
+
+def differences(
+    plain_llm: Callable[[], Any],
+    requests: Requests,
+    plain: Sequence[RequestOutput],
+    bita: Sequence[RequestOutput],
+) -> list[Difference]:
+    """First difference of every request whose tokens differ, one output a request.
+
+    `plain_llm` starts a plain engine (a `with engine(...)` target); only if there is a difference.
+    """
+    found = []
+    for i, (a, b) in enumerate(zip(plain, bita, strict=True)):
+        x, y = (list(output.outputs[0].token_ids) for output in (a, b))
+        if x != y:
+            pairs = list(zip_longest(x, y, fillvalue=-1))
+            position = next(n for n, (p, q) in enumerate(pairs) if p != q)
+            found.append((i, position, *pairs[position]))
+    if not found:
+        return []
+    top_two = SamplingParams(temperature=0, max_tokens=1, logprobs=2)
+    again = [
+        (requests[i][0] + list(plain[i].outputs[0].token_ids[:position]), top_two)
+        for i, position, _, _ in found
+    ]
+    with plain_llm() as llm:
+        tops = generate(llm, again)
+    result = []
+    for place, output in zip(found, tops, strict=True):
+        first, second = sorted(p.logprob for p in output.outputs[0].logprobs[0].values())[:-3:-1]
+        result.append(Difference(*place, gap=first - second))
+        print(result[-1])
+    return result
+
+
 def metric(llm: LLM, name: str) -> int:
-    """The counter `vllm:NAME`; prometheus counts over all engines of the process, so take differences."""
+    """The counter `vllm:NAME`, over all engines of the process: take differences."""
     return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
 
 
@@ -147,14 +194,14 @@ def known(outputs: Iterable[RequestOutput]) -> Continuation:
 
 
 @contextmanager
-def oracle(continuation: Continuation, vocab_size: int, seed: int = 0) -> Iterator[None]:
+def oracle(continuation: Continuation, vocab_size: int) -> Iterator[None]:
     """Candidates from a known continuation instead of the mask rows' logits, wrong ones elsewhere.
 
     The known tokens lie along the path to one random node of each block, so that walks end at every
     node of the template, of any rank and depth. All else (which depths have candidates, the block's
     rows, verification, KV moves) is the runner's.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     runners: list[BitaCPUModelRunner] = []
     propose, fill = BitaCPUModelRunner.propose_draft_token_ids, NextBlocks.fill
 

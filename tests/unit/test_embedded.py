@@ -68,6 +68,7 @@ def test_rotary_pairs_become_halves():
     assert halves.ravel().tolist() == [0, 1, 4, 5, 10, 11, 14, 15]
 
 
+@pytest.mark.slow
 def test_the_embedded_model_answers_a_question(embedded_model):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,0 +1,117 @@
+"""fp32, every kind of decoder: with bita the tokens are plain vLLM's, whatever the drafts are.
+
+Tiny random models, 40 greedy requests each, a KV cache so small that requests are preempted,
+chunked prefill. Drafts come from a random adapter, and from an oracle: known tokens somewhere in
+the tree, so that walks end at every node and accepted rows move over block boundaries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+from e2e.engines import (
+    NEAR_TIE,
+    differences,
+    engine,
+    generate,
+    known,
+    make_adapter,
+    metric,
+    oracle,
+    recorded_steps,
+    run,
+)
+from vllm import SamplingParams
+
+from bita_vllm.tree import Template
+
+NUM_REQUESTS = 40
+OPTIONS = {
+    "max_model_len": 384,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 256,
+    "num_gpu_blocks_override": 14,
+}
+
+# Uneven on purpose: a node without a group, groups of one and two rows, ranks out of order.
+UNEVEN = {
+    "nodes": [[0, 0], [0, 2], [1, 1], [0, 1], [1, 0], [5, 0], [2, 0]],
+    "groups": {"0": 3, "1": 1, "3": 2, "5": 3},
+}
+
+# architecture -> (options of bita, overrides of the model's config)
+CASES = {
+    "llama": {"tree": "5,4,3"},
+    "qwen2": {"tree": "2,1"},
+    "qwen3": {"tree": "auto", "num_speculative_tokens": 30},
+    "mistral": {"tree": "uneven"},
+    "phi3": {"tree": "auto", "num_speculative_tokens": 8},
+    "gemma2": {"tree": "4,3,2"},
+    "gpt2": {"tree": "uneven"},
+    "opt": {"tree": "auto", "num_speculative_tokens": 2},
+    "mixtral": {"tree": "3,3"},
+}
+
+
+def make_requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
+    """Short and long prompts, some with a prefix in common, some that repeat a few tokens."""
+    rng = np.random.default_rng(7)
+    shared = rng.integers(3, vocab_size, 70).tolist()
+    requests = []
+    for i in range(NUM_REQUESTS):
+        prompt = rng.integers(3, vocab_size, int(5 * 40 ** rng.random())).tolist()
+        if i % 4 == 1:
+            prompt = shared + prompt
+        elif i % 4 == 2:
+            prompt = prompt[:4] * (len(prompt) // 4)
+        max_tokens = int(60 ** rng.random())
+        requests.append(
+            (prompt, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=i % 2 == 0))
+        )
+    return requests
+
+
+@pytest.fixture(scope="module", params=CASES.items(), ids=CASES.keys())
+def case(request, tiny_model, tmp_path_factory):
+    """(model, options of bita, requests, plain vLLM's outputs)"""
+    architecture, bita = request.param
+    model = tiny_model(architecture)
+    folder = tmp_path_factory.mktemp("bita")
+    if bita["tree"] == "uneven":
+        (folder / "uneven.json").write_text(json.dumps(UNEVEN))
+        bita = {**bita, "tree": str(folder / "uneven.json")}
+    bita = {**bita, "model": str(make_adapter(model, folder / "adapter"))}
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    requests = make_requests(vocab_size)
+    plain = run(model, requests)
+    return model, bita, vocab_size, requests, plain
+
+
+@pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
+def test_tokens_equal_plain_vllm(case, drafts):
+    model, bita, vocab_size, requests, plain = case
+    with (
+        recorded_steps() as steps,
+        oracle(known(plain), vocab_size) if drafts == "oracle" else nullcontext(),
+        engine(model, bita, **OPTIONS) as llm,
+    ):
+        before = metric(llm, "num_preemptions"), metric(llm, "spec_decode_num_accepted_tokens")
+        outputs = generate(llm, requests)
+        preempted = metric(llm, "num_preemptions") - before[0]
+        accepted = metric(llm, "spec_decode_num_accepted_tokens") - before[1]
+        template: Template = llm.llm_engine.vllm_config.speculative_config.bita.template
+
+    different = differences(lambda: engine(model), requests, plain, outputs)
+    lengths = Counter(len(step.tokens) for step in steps if step.line >= 0)
+    print(f"{template.describe()}; preempted {preempted}, accepted {accepted}, lengths {lengths}")
+    assert all(d.gap < NEAR_TIE for d in different)
+    assert preempted > 0
+    if drafts == "oracle":
+        ended = {step.path[-1] for step in steps if step.line == template.max_depth}
+        assert ended == set(range(template.num_nodes)), "a node where no walk ended"
+        assert max(lengths) == template.max_depth + 1
+        assert accepted > 0

