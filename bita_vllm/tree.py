@@ -39,9 +39,7 @@ class Template:
     mask_index: np.ndarray
 
     @classmethod
-    def build(
-        cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int]
-    ) -> Template:
+    def build(cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int]) -> Template:
         """Make a template from draft nodes and mask groups.
 
         Args:
@@ -59,12 +57,16 @@ class Template:
                     f"but a parent must be an earlier row (0 to {row - 1}, 0 is the root)."
                 )
             if node_rank < 0:
-                raise TemplateError(f"Tree template: node {row} has rank {node_rank}; ranks start at 0.")
+                raise TemplateError(
+                    f"Tree template: node {row} has rank {node_rank}; ranks start at 0."
+                )
             parent.append(node_parent)
             rank.append(node_rank)
             mask_index.append(-1)
         if len(set(nodes)) != len(nodes):
-            raise TemplateError("Tree template: two nodes share both parent and rank; each candidate may appear once.")
+            raise TemplateError(
+                "Tree template: two nodes share both parent and rank; each candidate may appear once."
+            )
         num_nodes = len(parent)
         if not groups or not groups.get(0):
             raise TemplateError(
@@ -81,7 +83,9 @@ class Template:
                 rank.append(-1)
                 mask_index.append(index)
         if len(parent) > MAX_ROWS:
-            raise TemplateError(f"Tree template has {len(parent)} rows; at most {MAX_ROWS} are supported, use a smaller tree.")
+            raise TemplateError(
+                f"Tree template has {len(parent)} rows; at most {MAX_ROWS} are supported, use a smaller tree."
+            )
         return cls(*(np.array(column, dtype=np.int32) for column in (parent, rank, mask_index)))
 
     @classmethod
@@ -91,7 +95,9 @@ class Template:
         A full mask group of `num_masks` rows hangs under the root and every node.
         """
         if not widths or any(width < 1 for width in widths):
-            raise TemplateError(f"Tree widths {list(widths)}: each depth needs at least one candidate, as in '5,4,3'.")
+            raise TemplateError(
+                f"Tree widths {list(widths)}: each depth needs at least one candidate, as in '5,4,3'."
+            )
         if len(widths) > num_masks:
             raise TemplateError(
                 f"Tree widths {list(widths)} have {len(widths)} depths, but the adapter has {num_masks} mask tokens, "
@@ -101,7 +107,7 @@ class Template:
         nodes = [(depth, 0) for depth in range(len(widths))]
         for depth, width in enumerate(widths):
             nodes += [(depth, rank) for rank in range(1, width)]
-        return cls.build(nodes, {row: num_masks for row in range(len(nodes) + 1)})
+        return cls.build(nodes, dict.fromkeys(range(len(nodes) + 1), num_masks))
 
     @classmethod
     def load(cls, path: str | Path) -> Template:
@@ -184,7 +190,9 @@ class Template:
         a position that is still ahead). The entries that are not -1 are a prefix of each line.
         """
         rows = np.full((self.num_nodes, self.num_masks), -1, dtype=np.int32)
-        first_mask = {int(self.parent[row]): int(row) for row in np.flatnonzero(self.mask_index == 0)}
+        first_mask = {
+            int(self.parent[row]): int(row) for row in np.flatnonzero(self.mask_index == 0)
+        }
         for node in range(self.num_nodes):
             ancestor = node
             while ancestor >= 0:
@@ -237,7 +245,9 @@ class TemplateTable:
         self.rank = np.full((lines, rows), -1, dtype=np.int32)
         self.mask_index = np.full((lines, rows), -1, dtype=np.int32)
         self.ancestors = np.zeros((lines, rows, rows), dtype=bool)
-        self.candidate_rows = np.full((lines, template.num_nodes, template.max_depth), -1, dtype=np.int32)
+        self.candidate_rows = np.full(
+            (lines, template.num_nodes, template.max_depth), -1, dtype=np.int32
+        )
         for line, variant in enumerate(variants):
             n = variant.num_rows
             self.depth[line, :n] = variant.depth

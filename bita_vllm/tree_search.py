@@ -44,7 +44,9 @@ def best_template(
     best = draft.expected_length(table)
     while True:
         grown = [d for d in draft.successors(num_masks, len(table[0])) if d.num_rows <= num_rows]
-        scored = [((d.expected_length(table) - best) / (d.num_rows - draft.num_rows), d) for d in grown]
+        scored = [
+            ((d.expected_length(table) - best) / (d.num_rows - draft.num_rows), d) for d in grown
+        ]
         gain, winner = max(scored, key=lambda pair: pair[0], default=(0.0, draft))
         if gain <= 1e-9:
             return draft.template()
@@ -53,7 +55,9 @@ def best_template(
 
 def expected_length(template: Template, acceptance: Sequence[Sequence[float]]) -> float:
     """Expected accepted length of a template in the long run (tokens per step and request)."""
-    nodes = [(int(template.parent[row]), int(template.rank[row])) for row in range(1, template.num_nodes)]
+    nodes = [
+        (int(template.parent[row]), int(template.rank[row])) for row in range(1, template.num_nodes)
+    ]
     groups = {row: int(n) for row, n in enumerate(template.group_length) if n}
     return _Draft(nodes, groups).expected_length(_checked(acceptance, template.num_masks))
 
@@ -61,7 +65,9 @@ def expected_length(template: Template, acceptance: Sequence[Sequence[float]]) -
 def _checked(acceptance: Sequence[Sequence[float]] | None, num_masks: int) -> list[list[float]]:
     """`[num_masks][ranks]`; the default table repeats its last mask where k is larger."""
     if acceptance is None:
-        rows = [list(DEFAULT_ACCEPTANCE[min(j, len(DEFAULT_ACCEPTANCE) - 1)]) for j in range(num_masks)]
+        rows = [
+            list(DEFAULT_ACCEPTANCE[min(j, len(DEFAULT_ACCEPTANCE) - 1)]) for j in range(num_masks)
+        ]
     else:
         rows = [[float(p) for p in row] for row in acceptance]
     if len(rows) < num_masks or any(
@@ -129,14 +135,18 @@ class _Draft:
 
     def expected_length(self, acceptance: list[list[float]]) -> float:
         sources, depths = self.sources(), self.depths()
-        states = [()] + sorted(set(sources) - {()})
+        states = [(), *sorted(set(sources) - {()})]
         index = {state: i for i, state in enumerate(states)}
         emitted, moves = [], []
         for state in states:
             reach, stop = [1.0], [1.0]
             for row, (parent, rank) in enumerate(self.nodes, start=1):
                 depth = depths[row]
-                p = reach[parent] * acceptance[state[depth - 1]][rank] if depth <= len(state) else 0.0
+                p = (
+                    reach[parent] * acceptance[state[depth - 1]][rank]
+                    if depth <= len(state)
+                    else 0.0
+                )
                 reach.append(p)
                 stop.append(p)
                 stop[parent] -= p
@@ -147,5 +157,7 @@ class _Draft:
             moves.append(move)
         share = [1.0 / len(states)] * len(states)
         for _ in range(40):
-            share = [sum(share[i] * moves[i][j] for i in range(len(states))) for j in range(len(states))]
+            share = [
+                sum(share[i] * moves[i][j] for i in range(len(states))) for j in range(len(states))
+            ]
         return sum(s * e for s, e in zip(share, emitted, strict=True))

@@ -8,6 +8,7 @@ linear slots behind the committed context. Its `vec` layout, which we pin, keeps
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,9 @@ class TreeMetadata:
                 BlockGroup(
                     rows=torch.from_numpy(blocks.first_row[members, None] + np.arange(n)),
                     kv_blocks=block_table[torch.from_numpy(members), :length].flatten().long(),
-                    context_len=torch.from_numpy(context_len[members].astype(np.int64))[:, None, None],
+                    context_len=torch.from_numpy(context_len[members].astype(np.int64))[
+                        :, None, None
+                    ],
                     depth=torch.from_numpy(table.depth[line, :n].astype(np.int64)),
                     seen=torch.from_numpy(table.ancestors[line, :n, :n]),
                     is_mask=torch.from_numpy(table.mask_index[line, :n] >= 0),
@@ -106,7 +109,8 @@ class TreeMetadata:
         key = (num_prompt_tokens, window)
         if key not in self._biases:
             self._biases[key] = [
-                g.bias(len(g.kv_blocks) // len(g.rows) * self.block_size, num_prompt_tokens, window) for g in self.groups
+                g.bias(len(g.kv_blocks) // len(g.rows) * self.block_size, num_prompt_tokens, window)
+                for g in self.groups
             ]
         return self._biases[key]
 
@@ -121,6 +125,8 @@ class TreeCPUMetadata(CPUAttentionMetadata):
 class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Pins the KV layout that tree attention reads; everything else is stock."""
 
+    isa: str
+
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
         if self.isa == "amx":
             self.isa = "vec"
@@ -130,7 +136,7 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             )
         super()._set_isa_to_layers(layer_names)
 
-    def build(self, *args, **kwargs) -> TreeCPUMetadata:
+    def build(self, *args: Any, **kwargs: Any) -> TreeCPUMetadata:
         return TreeCPUMetadata(**vars(super().build(*args, **kwargs)))
 
 
@@ -170,7 +176,15 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         if tree is None or not tree.all_rows_in_blocks:
             # In a mixed step the stock kernel also computes the block rows, causally; they are overwritten.
             super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
             )
         if tree is not None:
             out = output.view(-1, self.num_heads, self.head_size)

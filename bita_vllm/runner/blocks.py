@@ -168,4 +168,7 @@ class NextBlocks:
             candidates[request, np.where(is_node, depth - 1, 0), np.where(is_node, rank, 0)],
             first_mask_id + mask_index,
         )
-        return [row[:n] for row, n in zip(block.tolist(), (table.num_rows[self.line] - 1).tolist(), strict=True)]
+        return [
+            row[:n]
+            for row, n in zip(block.tolist(), (table.num_rows[self.line] - 1).tolist(), strict=True)
+        ]

@@ -89,8 +89,12 @@ class BitaCPUModelRunner(CPUModelRunner):
             _refuse_layer(name, layer)
             index = extract_layer_index(name)
             # [P, Hkv, D] -> [Hkv, D, P] and [Hkv, P, D], in the precision that tree attention computes in
-            layer.impl.prompt_keys = adapter.prompt_keys[index].float().permute(1, 2, 0).contiguous()
-            layer.impl.prompt_values = adapter.prompt_values[index].float().transpose(0, 1).contiguous()
+            layer.impl.prompt_keys = (
+                adapter.prompt_keys[index].float().permute(1, 2, 0).contiguous()
+            )
+            layer.impl.prompt_values = (
+                adapter.prompt_values[index].float().transpose(0, 1).contiguous()
+            )
             added += layer.impl.prompt_keys.nbytes + layer.impl.prompt_values.nbytes
         added += adapter.mask_embeddings.nbytes
         logger.info(
@@ -109,7 +113,9 @@ class BitaCPUModelRunner(CPUModelRunner):
         finally:
             self.speculative_config = speculative_config
 
-    def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> tuple:
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple:
         """Stock inputs; then positions follow the tree, and logits are asked for node rows only."""
         super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         for request_id in scheduler_output.finished_req_ids:
@@ -132,7 +138,9 @@ class BitaCPUModelRunner(CPUModelRunner):
             context_len = self.input_batch.num_computed_tokens_cpu[: len(blocks.line)]
             for layer_names in self._metadata_groups(metadata):
                 shared = metadata[layer_names[0]]
-                block_size = self.compilation_config.static_forward_context[layer_names[0]].kv_cache.shape[2]
+                block_size = self.compilation_config.static_forward_context[
+                    layer_names[0]
+                ].kv_cache.shape[2]
                 shared.tree = TreeMetadata(blocks, context_len, shared.block_table, block_size)
         return metadata, common
 
@@ -171,21 +179,21 @@ class BitaCPUModelRunner(CPUModelRunner):
         if not len(request):
             return
         base = self.input_batch.num_computed_tokens_cpu[request]
-        for group, tensors in enumerate(self._kv_caches_by_group()):
-            block_size = tensors[0].shape[2]
+        for group, kv_caches in enumerate(self._kv_caches_by_group()):
+            head_size, block_size = kv_caches[0].shape[3] // 2, kv_caches[0].shape[2]
             block_ids = self.input_batch.block_table[group].block_table.np
-
-            def slot(position: np.ndarray) -> torch.Tensor:
-                block = block_ids[request, position // block_size].astype(np.int64)
-                return torch.from_numpy(block * block_size + position % block_size)
-
-            head_size = tensors[0].shape[3] // 2
-            move_rows(tensors, head_size, slot(base + row), slot(base + place))
+            slots = [
+                block_ids[request, position // block_size].astype(np.int64) * block_size
+                + position % block_size
+                for position in (base + row, base + place)
+            ]
+            move_rows(kv_caches, head_size, *map(torch.from_numpy, slots))
 
     def _kv_caches_by_group(self) -> list[list[torch.Tensor]]:
         context = self.compilation_config.static_forward_context
         return [
-            [context[name].kv_cache for name in group.layer_names] for group in self.kv_cache_config.kv_cache_groups
+            [context[name].kv_cache for name in group.layer_names]
+            for group in self.kv_cache_config.kv_cache_groups
         ]
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple:
@@ -240,4 +248,6 @@ def _refuse_layer(name: str, layer: Attention) -> None:
     elif impl.kv_sharing_target_layer_name is not None:
         feature = "KV caches shared between layers"
     if feature is not None:
-        raise ValueError(f"bita does not support {feature} (layer {name}); serve this model without it.")
+        raise ValueError(
+            f"bita does not support {feature} (layer {name}); serve this model without it."
+        )

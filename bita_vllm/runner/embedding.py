@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 
 class MaskEmbedding(nn.Module):
     """The model's token embedding, and mask embeddings behind its last id."""
+
+    mask_embeddings: torch.Tensor
 
     def __init__(
         self,
@@ -49,7 +54,9 @@ def insert_mask_embedding(
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, VocabParallelEmbedding) and not isinstance(child, ParallelLMHead) and name != "lm_head"
+        if isinstance(child, VocabParallelEmbedding)
+        and not isinstance(child, ParallelLMHead)
+        and name != "lm_head"
     ]
     if len(found) != 1:
         raise ValueError(

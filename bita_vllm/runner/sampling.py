@@ -90,7 +90,9 @@ class SampledTargets:
             for processor in metadata.logitsprocs.all:
                 processor.update_state(None)
         generators = {i: g for i, g in metadata.generators.items() if walking[i]}
-        sampled = self._sampler(self._logits[torch.from_numpy(nodes)], replace(metadata, generators=generators))
+        sampled = self._sampler(
+            self._logits[torch.from_numpy(nodes)], replace(metadata, generators=generators)
+        )
         if sampled.logprobs_tensors is not None:
             self._steps.append(sampled.logprobs_tensors)
         self._last = sampled.sampled_token_ids[:, 0].numpy().astype(np.int64)
@@ -111,5 +113,8 @@ class SampledTargets:
         """`[B * steps, ...]`, request by request, as RejectionSampler.parse_output reads them."""
         if not self._steps:
             return None
-        stacked = (torch.stack(column, dim=1).flatten(0, 1) for column in zip(*(s[:3] for s in self._steps), strict=True))
+        stacked = (
+            torch.stack(column, dim=1).flatten(0, 1)
+            for column in zip(*(s[:3] for s in self._steps), strict=True)
+        )
         return LogprobsTensors(*stacked)

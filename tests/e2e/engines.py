@@ -32,8 +32,13 @@ Requests = Sequence[tuple[list[int], SamplingParams]]
 
 
 @contextmanager
-def engine(model: Path, bita: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
-    """An engine in this process; `bita` is the speculative config less the method."""
+def engine(
+    model: Path, bita: dict[str, Any] | None = None, threads: int = 1, **options: Any
+) -> Iterator[LLM]:
+    """An engine in this process; `bita` is the speculative config less the method.
+
+    One thread: on a busy machine a tiny model would wait for the second one most of the time.
+    """
     if bita is not None:
         options["speculative_config"] = {"method": "bita", **bita}
     defaults: dict[str, Any] = {
@@ -47,6 +52,8 @@ def engine(model: Path, bita: dict[str, Any] | None = None, **options: Any) -> I
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         llm = LLM(str(model), **{**defaults, **options})
         try:
@@ -56,6 +63,7 @@ def engine(model: Path, bita: dict[str, Any] | None = None, **options: Any) -> I
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()
+    torch.set_num_threads(threads_before)
 
 
 def generate(llm: LLM, requests: Requests) -> list[RequestOutput]:

@@ -17,20 +17,35 @@ def write(kv_cache, keys, values, slots, isa):
     """Stock cache write (ops.cpu_attn_reshape_and_cache)."""
     key_cache, value_cache = kv_cache.view(*kv_cache.shape[:2], -1, keys.shape[2]).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
-        keys, values, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+        keys,
+        values,
+        key_cache,
+        value_cache,
+        slots,
+        isa,
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype="auto",
     )
 
 
 def make_impl(head_size, softcap, window):
     impl = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
     impl.num_heads, impl.num_kv_heads, impl.num_queries_per_kv = HEADS_KV * GROUP, HEADS_KV, GROUP
-    impl.head_size, impl.scale, impl.logits_soft_cap, impl.sliding_window = head_size, 0.2, softcap, window
+    impl.head_size, impl.scale, impl.logits_soft_cap, impl.sliding_window = (
+        head_size,
+        0.2,
+        softcap,
+        window,
+    )
     impl.prompt_keys = torch.randn(HEADS_KV, head_size, P)
     impl.prompt_values = torch.randn(HEADS_KV, P, head_size)
     return impl
 
 
-@pytest.mark.parametrize("softcap, window", [(0, -1), (5.0, -1), (0, 6)], ids=["plain", "softcap", "window"])
+@pytest.mark.parametrize(
+    "softcap, window", [(0, -1), (5.0, -1), (0, 6)], ids=["plain", "softcap", "window"]
+)
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, window):
@@ -52,7 +67,13 @@ def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, wind
     values = [torch.randn(n, HEADS_KV, head_size).to(dtype) for n in total]
     for i, n in enumerate(total):
         at = torch.arange(n)
-        write(kv_cache, keys[i], values[i], table[i][at // block_size].long() * block_size + at % block_size, isa)
+        write(
+            kv_cache,
+            keys[i],
+            values[i],
+            table[i][at // block_size].long() * block_size + at % block_size,
+            isa,
+        )
     out = torch.full((rows, HEADS_KV * GROUP, head_size), float("nan"), dtype=dtype)
 
     tree = TreeMetadata(blocks, context, table, block_size)
@@ -84,7 +105,9 @@ def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, wind
                         score = torch.tanh(score / softcap) * softcap
                     expected = score.softmax(0) @ v
                     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-                    torch.testing.assert_close(block_rows[row, head], expected, atol=tolerance, rtol=tolerance)
+                    torch.testing.assert_close(
+                        block_rows[row, head], expected, atol=tolerance, rtol=tolerance
+                    )
         start += n
 
 
@@ -93,7 +116,10 @@ def test_moved_rows_read_as_if_written_there(isa, block_size, head_size):
     torch.manual_seed(0)
     layers = [torch.zeros(4, HEADS_KV, block_size, 2 * head_size) for _ in range(3)]
     expected = [torch.zeros_like(layer) for layer in layers]
-    source, target = torch.tensor([5, 9, block_size + 3]), torch.tensor([4, 5, block_size - 1])  # overlapping
+    source, target = (
+        torch.tensor([5, 9, block_size + 3]),
+        torch.tensor([4, 5, block_size - 1]),
+    )  # overlapping
     for layer, wanted in zip(layers, expected, strict=True):
         rows = torch.randn(2 * block_size, HEADS_KV, head_size)
         slots = torch.arange(2 * block_size)

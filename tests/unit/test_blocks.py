@@ -9,7 +9,9 @@ from bita_vllm.tree import Template, TemplateTable
 FIRST_MASK_ID = 1000
 TABLES = {
     "5-4-3": TemplateTable(Template.from_widths([5, 4, 3], 3)),
-    "missing-groups": TemplateTable(Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2})),
+    "missing-groups": TemplateTable(
+        Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2})
+    ),
     "chain": TemplateTable(Template.from_widths([1, 1], 2)),
 }
 
@@ -89,13 +91,21 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         available = 0
         if line != NO_BLOCK:
             rows = table.candidate_rows[line, node]
-            while available < template.max_depth and 0 <= rows[available] < blocks.num_rows[request]:
-                assert upcoming.mask_rows[request, available] == blocks.first_row[request] + rows[available]
+            while (
+                available < template.max_depth and 0 <= rows[available] < blocks.num_rows[request]
+            ):
+                assert (
+                    upcoming.mask_rows[request, available]
+                    == blocks.first_row[request] + rows[available]
+                )
                 available += 1
         assert upcoming.line[request] == available
         assert (upcoming.mask_rows[request, available:] == -1).all()
     request, row, place = walk.moves()
-    assert all(walk.path[r, p] == w and p < walk.num_emitted[r] for r, w, p in zip(request, row, place, strict=True))
+    assert all(
+        walk.path[r, p] == w and p < walk.num_emitted[r]
+        for r, w, p in zip(request, row, place, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -1,5 +1,7 @@
 """Search for the best template: budget kept, model of the process right."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -13,12 +15,14 @@ def test_best_template_keeps_the_budget_and_beats_a_chain(num_rows):
     assert 3 <= template.num_rows <= num_rows
     if num_rows >= 16:
         chain = Template.from_widths([1, 1, 1], 3)
-        assert expected_length(template, DEFAULT_ACCEPTANCE) > expected_length(chain, DEFAULT_ACCEPTANCE)
+        assert expected_length(template, DEFAULT_ACCEPTANCE) > expected_length(
+            chain, DEFAULT_ACCEPTANCE
+        )
 
 
 def test_a_larger_budget_is_never_worse():
     lengths = [expected_length(best_template(r, 3), DEFAULT_ACCEPTANCE) for r in range(3, 30)]
-    assert all(b >= a - 1e-9 for a, b in zip(lengths, lengths[1:], strict=False))
+    assert all(b >= a - 1e-9 for a, b in pairwise(lengths))
 
 
 def test_expected_length_equals_a_simulation():
@@ -52,10 +56,14 @@ def test_expected_length_equals_a_simulation():
 def test_the_default_statistics_give_the_first_adapters_measured_lengths():
     """Measured on MT-Bench: chain of 3 1.445, 3/2/1 1.686, 5/4/3 1.826."""
     for widths, measured in (((1, 1, 1), 1.445), ((3, 2, 1), 1.686), ((5, 4, 3), 1.826)):
-        assert expected_length(Template.from_widths(widths, 3), DEFAULT_ACCEPTANCE) == pytest.approx(measured, rel=0.03)
+        assert expected_length(
+            Template.from_widths(widths, 3), DEFAULT_ACCEPTANCE
+        ) == pytest.approx(measured, rel=0.03)
 
 
-@pytest.mark.parametrize("acceptance", [[[0.5]], [[0.5], [0.2, 0.1], [0.1]], [[0.9, 0.9]] * 3, [[]] * 3])
+@pytest.mark.parametrize(
+    "acceptance", [[[0.5]], [[0.5], [0.2, 0.1], [0.1]], [[0.9, 0.9]] * 3, [[]] * 3]
+)
 def test_malformed_statistics_are_refused(acceptance):
     with pytest.raises(TemplateError, match="Acceptance statistics"):
         best_template(10, 3, acceptance)
