@@ -329,6 +329,7 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     for name in ("tensor", "pipeline", "data", "prefill_context", "decode_context"):
         size = getattr(c.parallel_config, f"{name}_parallel_size")
         yield f"{name.replace('_', ' ')} parallelism on CPU ({name}_parallel_size {size})", size > 1
+    yield "text watermarking (watermark_config)", c.watermark_config is not None
     yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
     cache = c.cache_config
     quantised = is_quantized_kv_cache(cache.cache_dtype)
@@ -340,9 +341,12 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
 def refuse_request(params: SamplingParams) -> str | None:
     """Why a request cannot be served with bita, or None."""
     if params.structured_outputs is not None:
-        return (
-            "Structured output (response_format, structured_outputs, forced tool calls) is not "
-            "supported with speculative method 'bita' yet; send the request without it, or serve "
-            "without bita."
-        )
-    return None
+        feature = "Structured output (response_format, structured_outputs, forced tool calls)"
+    elif params.thinking_token_budget is not None:
+        feature = "A thinking budget (thinking_token_budget)"
+    else:
+        return None
+    return (
+        f"{feature} is not supported with speculative method 'bita' yet; send the request without it, "
+        "or serve without bita."
+    )

@@ -10,6 +10,7 @@ asks for bita gets one sentence that names the row and the versions that work.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -122,6 +123,17 @@ def _validate_spec_decode(original: Function, self: Any, speculative_config: Any
         raise VLLMValidationError(reason)
 
 
+def _spec_decoding_prom(
+    original: Function, self: Any, speculative_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    from bita_vllm.config import BitaSpeculativeConfig
+
+    if isinstance(speculative_config, BitaSpeculativeConfig):
+        speculative_config = copy.copy(speculative_config)
+        speculative_config.num_speculative_tokens = speculative_config.bita.template.max_depth
+    original(self, speculative_config, *args, **kwargs)
+
+
 _ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
@@ -158,6 +170,12 @@ PATCHES = (
         "min_p and logit_bias work with bita; what does not is refused per request",
         "(self, speculative_config)",
         _validate_spec_decode,
+    ),
+    Hook(
+        "vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",
+        "accepted tokens are counted by tree depth: no series for rows",
+        "(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=)",
+        _spec_decoding_prom,
     ),
 )
 

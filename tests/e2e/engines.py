@@ -202,7 +202,7 @@ def known(outputs: Iterable[RequestOutput]) -> Continuation:
 
 
 @contextmanager
-def oracle(continuation: Continuation, vocab_size: int) -> Iterator[None]:
+def oracle(continuation: Continuation) -> Iterator[None]:
     """Candidates from a known continuation instead of the mask rows' logits, wrong ones elsewhere.
 
     The known tokens lie along the path to one random node of each block, so that walks end at every
@@ -220,7 +220,7 @@ def oracle(continuation: Continuation, vocab_size: int) -> Iterator[None]:
     def filling(
         self: NextBlocks, table: TemplateTable, top_tokens: np.ndarray, first_mask_id: int
     ) -> Any:
-        candidates = rng.integers(0, vocab_size, size=top_tokens.shape)
+        candidates = rng.integers(0, first_mask_id, size=top_tokens.shape)
         (runner,) = runners
         places = np.cumsum(self.mask_rows.ravel() >= 0).reshape(self.mask_rows.shape) - 1
         for i, request in enumerate(runner.input_batch.req_ids):
@@ -230,7 +230,7 @@ def oracle(continuation: Continuation, vocab_size: int) -> Iterator[None]:
             state = runner.requests[request]
             # After the next token, which the root's own row gives, come the candidates' places.
             follows = continuation(list(state.prompt_token_ids), list(state.output_token_ids))
-            path, row = [], int(rng.integers(1, table.num_nodes[line]))
+            path, row = [], int(rng.integers(0, table.num_nodes[line]))
             while row > 0:
                 path.append(int(table.rank[line, row]))
                 row = int(table.parent[line, row])
@@ -238,7 +238,7 @@ def oracle(continuation: Continuation, vocab_size: int) -> Iterator[None]:
                 if depth < len(follows):
                     truth = follows[depth]
                     wrong = candidates[places[i, depth]]
-                    wrong[wrong == truth] = (truth + 1) % vocab_size
+                    wrong[wrong == truth] = (truth + 1) % first_mask_id
                     wrong[rank] = truth
         return fill(self, table, candidates, first_mask_id)
 

@@ -36,6 +36,8 @@ OPTIONS = {
     "max_num_batched_tokens": 256,
     "num_gpu_blocks_override": 14,
 }
+# Layers with and without a window have KV cache groups of their own.
+MORE_BLOCKS = {"gemma2": {"num_gpu_blocks_override": 56}}
 
 # Uneven on purpose: a node without a group, groups of one and two rows, ranks out of order.
 UNEVEN = {
@@ -77,7 +79,7 @@ def make_requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
 
 @pytest.fixture(scope="module", params=CASES.items(), ids=CASES.keys())
 def case(request, tiny_model, tmp_path_factory):
-    """(model, options of bita, requests, plain vLLM's outputs)"""
+    """(model, options of bita, options of the engine, requests, plain vLLM's outputs)"""
     architecture, bita = request.param
     model = tiny_model(architecture)
     folder = tmp_path_factory.mktemp("bita")
@@ -88,16 +90,16 @@ def case(request, tiny_model, tmp_path_factory):
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     requests = make_requests(vocab_size)
     plain = run(model, requests)
-    return model, bita, vocab_size, requests, plain
+    return model, bita, {**OPTIONS, **MORE_BLOCKS.get(architecture, {})}, requests, plain
 
 
 @pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
 def test_tokens_equal_plain_vllm(case, drafts):
-    model, bita, vocab_size, requests, plain = case
+    model, bita, options, requests, plain = case
     with (
         recorded_steps() as steps,
-        oracle(known(plain), vocab_size) if drafts == "oracle" else nullcontext(),
-        engine(model, bita, **OPTIONS) as llm,
+        oracle(known(plain)) if drafts == "oracle" else nullcontext(),
+        engine(model, bita, **options) as llm,
     ):
         before = metric(llm, "num_preemptions"), metric(llm, "spec_decode_num_accepted_tokens")
         outputs = generate(llm, requests)
