@@ -83,7 +83,7 @@ def test_first_adapter_loads() -> None:
     adapter = Adapter.load(FIRST_ADAPTER, ModelShape(30, 576, 3, 64, 49152))
     assert adapter.config.num_mask_tokens == 3
     assert adapter.config.num_prompt_tokens == 16
-    assert adapter.config.speculative_tokens == 51
+    assert adapter.config.speculative_tokens == 15
     assert adapter.config.verifier == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert adapter.num_bytes == 2 * (3 * 576 + 2 * 30 * 16 * 3 * 64)
 
