@@ -14,6 +14,7 @@ import csv
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -106,8 +107,8 @@ def serve_engine(conn: Connection, log: str, engine_args: dict[str, Any]) -> Non
                 conn.send(peak_rss_mib())
             else:
                 conn.send(measure(llm.llm_engine, *task))
-    except EOFError:
-        pass
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone
     except Exception as error:
         traceback.print_exc()
         conn.send(error)
@@ -508,6 +509,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cpu_throughput: terminated"))
     from tqdm import tqdm
 
     from bita_vllm.embedded import embedded_model_dir

@@ -89,6 +89,7 @@ class Difference:
     plain: int
     bita: int
     gap: float
+    top: float  # the first of the two: a logprob, or a logit with logprobs_mode='raw_logits'
 
 
 def differences(
@@ -120,7 +121,7 @@ def differences(
     result = []
     for place, output in zip(found, tops, strict=True):
         first, second = sorted(p.logprob for p in output.outputs[0].logprobs[0].values())[:-3:-1]
-        result.append(Difference(*place, gap=first - second))
+        result.append(Difference(*place, gap=first - second, top=first))
         print(result[-1])
     return result
 
