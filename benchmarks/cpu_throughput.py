@@ -483,7 +483,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
         help="auto (default): bfloat16 where the CPU has native bf16 (AVX512_BF16 or AMX), else "
         "float32: there oneDNN has no bf16 matmul, vLLM falls back to a loop whose cost grows with "
-        "every row (16 rows cost 14 times one row; in float32 1.1 to 1.4 times), and float32 is "
+        "every row (seen: 16 rows at 14 times the cost of one), and float32 is "
         "plain vLLM's own best setting")  # fmt: skip
     add("--model", help="default: the embedded model, SmolLM2-135M-Instruct")
     add("--adapter", default=str(ADAPTER), help="default: adapters/smollm2-135m-instruct")
@@ -553,13 +553,16 @@ def main() -> None:
         try:
             start(PLAIN)
             if args.row_cost:
-                measured = []
-                for arm in args.arms:
-                    engine = start(arm)
-                    tqdm.write(f"{arm.name}: {engine.facts['block']}")
-                    measured.append((engine.facts, compare(engines, prompts, args)))
-                    engines.pop().close()
-                report_row_cost(measured, facts, args)
+                measured: list[tuple[dict[str, Any], list[Point]]] = []
+                try:
+                    for arm in args.arms:
+                        engine = start(arm)
+                        tqdm.write(f"{arm.name}: {engine.facts['block']}")
+                        measured.append((engine.facts, compare(engines, prompts, args)))
+                        engines.pop().close()
+                finally:
+                    if measured:  # starting engines takes long: what there is, is kept
+                        report_row_cost(measured, facts, args)
             else:
                 for arm in tqdm(args.arms, desc="starting BiTA", unit="arm"):
                     start(arm)

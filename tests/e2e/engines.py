@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +33,27 @@ Requests = Sequence[tuple[list[int], SamplingParams]]
 
 
 @contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """One for tiny models: on a busy machine they would wait for the second most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def idle_threads() -> int:
+    """Every core for a larger model, unless others use them: then threads wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    return cores if os.getloadavg()[0] < 0.75 * cores else 1
+
+
+@contextmanager
 def engine(
     model: Path, bita: dict[str, Any] | None = None, threads: int = 1, **options: Any
 ) -> Iterator[LLM]:
-    """An engine in this process; `bita` is the speculative config less the method.
-
-    One thread: on a busy machine a tiny model would wait for the second one most of the time.
-    """
+    """An engine in this process; `bita` is the speculative config less the method."""
     if bita is not None:
         options["speculative_config"] = {"method": "bita", **bita}
     defaults: dict[str, Any] = {
@@ -50,10 +65,8 @@ def engine(
         "disable_log_stats": False,
         "kv_cache_memory_bytes": 2**30,
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with torch_threads(threads), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        threads_before = torch.get_num_threads()
-        torch.set_num_threads(threads)
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         llm = LLM(str(model), **{**defaults, **options})
         try:
@@ -63,7 +76,6 @@ def engine(
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()
-    torch.set_num_threads(threads_before)
 
 
 def generate(llm: LLM, requests: Requests) -> list[RequestOutput]:

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from e2e.engines import StepRecord, engine, generate, make_adapter, recorded_steps
+from e2e.engines import (
+    StepRecord,
+    engine,
+    generate,
+    idle_threads,
+    make_adapter,
+    recorded_steps,
+    torch_threads,
+)
 from naive_decoder import Template as NaiveTemplate
 from naive_decoder import decode
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,7 +80,8 @@ def check_steps(
     weights, num_rows = Adapter.load(adapter), TemplateTable(template).num_rows
     lengths: Counter = Counter()
     for prompt, (prefill, *steps) in zip(prompts, found, strict=True):
-        expected = decode(reference, weights, naive(template), prompt, max_tokens)
+        with torch_threads(threads):
+            expected = decode(reference, weights, naive(template), prompt, max_tokens)
         assert prefill.tokens == expected.tokens[:1]
         emitted = [step.tokens for step in steps]
         emitted[-1] = emitted[-1][: len(expected.steps[-1].tokens)]  # max_tokens cuts the last
@@ -107,6 +116,8 @@ def test_every_step_of_the_embedded_model_emits_what_the_naive_decoder_emits(
         for question in questions
     ]
     template = TEMPLATES["widths 5,4,3"]
-    lengths = check_steps(embedded_model, ADAPTER, template, prompts, 16, tmp_path, threads=2)
+    lengths = check_steps(
+        embedded_model, ADAPTER, template, prompts, 16, tmp_path, threads=idle_threads()
+    )
     print(f"steps by accepted length: {dict(sorted(lengths.items()))}")
     assert max(lengths) > 1

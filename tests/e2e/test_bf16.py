@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 import pytest
-from e2e.engines import differences, engine, generate, run
+from e2e.engines import differences, engine, generate, idle_threads, run
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
@@ -24,7 +24,7 @@ QUESTIONS = ROOT / "tests" / "data" / "mt_bench_questions.jsonl"
 ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
 NUM_PROMPTS = 12
 MAX_TOKENS = 24
-OPTIONS = {"dtype": "bfloat16", "threads": 2, "logprobs_mode": "raw_logits"}
+OPTIONS = {"dtype": "bfloat16", "logprobs_mode": "raw_logits"}
 ROUNDING_UNITS = 2
 
 
@@ -49,11 +49,12 @@ def test_outputs_differ_only_within_bf16_rounding(embedded_model, record_propert
         )
         for question in sorted(questions, key=len)[:NUM_PROMPTS]
     ]
-    plain = run(embedded_model, requests, **OPTIONS)
+    options = {**OPTIONS, "threads": idle_threads()}
+    plain = run(embedded_model, requests, **options)
     bita = {"model": str(ADAPTER), "num_speculative_tokens": 15}
-    with engine(embedded_model, bita, **OPTIONS) as llm:
+    with engine(embedded_model, bita, **options) as llm:
         outputs = generate(llm, requests)
-    different = differences(lambda: engine(embedded_model, **OPTIONS), requests, plain, outputs)
+    different = differences(lambda: engine(embedded_model, **options), requests, plain, outputs)
     identical = f"{NUM_PROMPTS - len(different)} of {NUM_PROMPTS}"
     record_property("identical", identical)
     print(f"{identical} outputs identical")

@@ -1,8 +1,8 @@
 """fp32, SmolLM2-135M-Instruct and its adapter: 300 greedy requests, all of plain vLLM's tokens.
 
 At once: 16 requests in a step, prompts in chunks of a 256-token budget, a KV cache so small that
-requests are preempted, prefix caching with prefixes in common. 16 rows a request, so that 16 blocks
-fit into the budget of one step.
+requests are preempted, prefix caching with prefixes in common. 8 rows a request, so that 16 blocks
+fit into the budget of one step beside a prompt's chunk.
 """
 
 from __future__ import annotations
@@ -13,21 +13,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from e2e.engines import NEAR_TIE, differences, engine, generate, metric, recorded_steps, run
+from e2e.engines import (
+    NEAR_TIE,
+    differences,
+    engine,
+    generate,
+    idle_threads,
+    metric,
+    recorded_steps,
+    run,
+)
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ROOT / "tests" / "data" / "mt_bench_questions.jsonl"
 ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
-BITA = {"model": str(ADAPTER), "tree": "auto", "num_speculative_tokens": 15}
+BITA = {"model": str(ADAPTER), "tree": "auto", "num_speculative_tokens": 7}
 NUM_REQUESTS = 300
 OPTIONS = {
     "max_model_len": 1152,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 256,
     "num_gpu_blocks_override": 44,
-    "threads": 2,
 }
 
 
@@ -74,17 +82,20 @@ def make_requests(model: Path) -> list[tuple[list[int], SamplingParams]]:
 def test_300_requests_get_plain_vllms_tokens(embedded_model, record_property):
     requests = make_requests(embedded_model)
     assert {min(len(p) for p, _ in requests), max(len(p) for p, _ in requests)} == {5, 900}
-    plain = run(embedded_model, requests, threads=2)
+    threads = idle_threads()
+    plain = run(embedded_model, requests, threads=threads)
     with (
         recorded_steps() as steps,
-        engine(embedded_model, BITA, **OPTIONS) as llm,
+        engine(embedded_model, BITA, threads=threads, **OPTIONS) as llm,
     ):
         before = metric(llm, "num_preemptions"), metric(llm, "prefix_cache_hits")
         outputs = generate(llm, requests)
         preempted = metric(llm, "num_preemptions") - before[0]
         hits = metric(llm, "prefix_cache_hits") - before[1]
 
-    different = differences(lambda: engine(embedded_model, threads=2), requests, plain, outputs)
+    different = differences(
+        lambda: engine(embedded_model, threads=threads), requests, plain, outputs
+    )
     emitted = Counter(len(step.tokens) for step in steps if step.line >= 0)
     figures = {
         "identical": f"{NUM_REQUESTS - len(different)} of {NUM_REQUESTS}",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from e2e.engines import engine, generate, known, make_adapter, oracle, recorded_steps
 from vllm import RequestOutput, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 VOCAB_SIZE = 512
@@ -198,7 +199,9 @@ def test_structured_output_is_refused_in_a_sentence(tiny_model, tmp_path):
     bita = {"model": str(make_adapter(model, tmp_path)), "tree": "2,1"}
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
     with engine(model, bita) as llm:
-        with pytest.raises(ValueError, match=r"Structured output .* is not supported") as error:
+        with pytest.raises(
+            VLLMValidationError, match=r"Structured output .* is not supported"
+        ) as error:
             generate(llm, [([5, 6, 7], params)])
         assert "\n" not in str(error.value)
         after = generate(llm, [([5, 6, 7], SamplingParams(temperature=0, max_tokens=3))])
