@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -26,6 +28,13 @@ class MaskEmbedding(nn.Module):
         self.tokens = tokens
         self.vocab_size = vocab_size
         self.register_buffer("mask_embeddings", mask_embeddings, persistent=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Gemma-2 and its like hand this module to the logits processor, as their output head.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("tokens"), name)
 
     def forward(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
@@ -45,8 +45,7 @@ def torch_threads(number: int) -> Iterator[None]:
 
 def idle_threads() -> int:
     """Every core for a larger model, unless others use them: then threads wait for each other."""
-    cores = len(os.sched_getaffinity(0))
-    return cores if os.getloadavg()[0] < 0.75 * cores else 1
+    return psutil.cpu_count() if psutil.cpu_percent(interval=1) < 25 else 1
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """fp32, SmolLM2-135M-Instruct and its adapter: 300 greedy requests, all of plain vLLM's tokens.
 
 At once: 16 requests in a step, prompts in chunks of a 256-token budget, a KV cache so small that
-requests are preempted, prefix caching with prefixes in common. 8 rows a request, so that 16 blocks
-fit into the budget of one step beside a prompt's chunk.
+requests are preempted, prefix caching with prefixes in common. 16 rows a request, so that 16 blocks
+fill the budget of a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm import SamplingParams
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ROOT / "tests" / "data" / "mt_bench_questions.jsonl"
 ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
-BITA = {"model": str(ADAPTER), "tree": "auto", "num_speculative_tokens": 7}
+BITA = {"model": str(ADAPTER)}  # the tree by default: auto, 16 rows
 NUM_REQUESTS = 300
 OPTIONS = {
     "max_model_len": 1152,
@@ -69,8 +69,8 @@ def make_requests(model: Path) -> list[tuple[list[int], SamplingParams]]:
             ][len(prompts) % 3]
         )
     prompts[-6:] = [code[:900], code[:640], repeated[:450], repeated[:5], code[:300], code[:5]]
-    lengths = (200 ** (rng.random(NUM_REQUESTS) ** 2.5)).astype(int)
-    lengths[-3:] = 1, 200, 150
+    lengths = (60 ** rng.random(NUM_REQUESTS)).astype(int)
+    lengths[-6:] = 1, 100, 30, 120, 200, 150
     requests = [
         (prompt, SamplingParams(temperature=0, max_tokens=int(n), ignore_eos=i % 5 == 0))
         for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True))
