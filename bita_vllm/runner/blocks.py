@@ -57,6 +57,13 @@ class StepBlocks:
         within = np.arange(self.num_nodes.sum()) - np.repeat(self.first_node, self.num_nodes)
         return np.repeat(self.first_row, self.num_nodes) + within
 
+    def mask_rows(self) -> np.ndarray:
+        """Rows of the step that hold masks, ascending."""
+        places = np.arange(self.table.template.num_rows)
+        inside = (self.line >= 0)[:, None] & (places >= self.num_nodes[:, None])
+        inside &= places < self.num_rows[:, None]
+        return (self.first_row[:, None] + places)[inside]
+
     def depth_of_rows(self) -> np.ndarray:
         """`[rows of the step]` depth in the tree minus place in the block: position minus KV slot."""
         offset = np.zeros(int(self.num_rows.sum()), dtype=np.int64)

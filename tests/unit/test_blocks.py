@@ -33,16 +33,18 @@ def make_step(table, seed, num_requests=9):
 def test_rows_positions_and_nodes(name, seed):
     table = TABLES[name]
     _, blocks, _ = make_step(table, seed)
-    rows, offsets, start = [], [], 0
+    rows, mask_rows, offsets, start = [], [], [], 0
     for line, n in zip(blocks.line, blocks.num_rows, strict=True):
         if line == NO_BLOCK:
             rows.append(start + n - 1)
             offsets += [0] * n
         else:
             rows += range(start, start + min(n, table.num_nodes[line]))
+            mask_rows += range(start + table.num_nodes[line], start + n)
             offsets += [table.depth[line, i] - i for i in range(n)]
         start += n
     assert blocks.node_rows().tolist() == rows
+    assert blocks.mask_rows().tolist() == mask_rows
     assert blocks.depth_of_rows().tolist() == offsets
 
 
