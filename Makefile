@@ -23,8 +23,10 @@ serve: model
 	$(FAST) $(BIN)/vllm serve "$$($(BIN)/python -m bita_vllm.embedded)" --served-model-name smollm2 \
 		--speculative-method bita --speculative-model $(ADAPTER) --max-model-len 2048 --port $(PORT) $(ARGS)
 
+# Kernel tests run apart: Triton's interpreter holds for a whole process.
 test: venv
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile tests/kernels $(ARGS)
 
 quality: venv
 	$(BIN)/ruff format --check .
