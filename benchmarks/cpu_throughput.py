@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 from provenance import ROOT, preloaded, provenance
 
 ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
@@ -101,12 +102,15 @@ def serve_engine(conn: Connection, log: str, engine_args: dict[str, Any]) -> Non
 
         llm = LLM(**engine_args)
         conn.send(engine_facts(llm.llm_engine.vllm_config))
-        while True:
-            task = conn.recv()
-            if task == "peak memory":
-                conn.send(peak_rss_mib())
-            else:
-                conn.send(measure(llm.llm_engine, *task))
+        try:
+            while True:
+                task = conn.recv()
+                if task == "peak memory":
+                    conn.send(peak_rss_mib())
+                else:
+                    conn.send(measure(llm.llm_engine, *task))
+        finally:
+            llm.llm_engine.engine_core.shutdown()
     except (EOFError, BrokenPipeError):
         pass  # the parent is gone
     except Exception as error:
@@ -209,10 +213,13 @@ class Engine:
         return answer
 
     def close(self) -> None:
+        """End the worker and the engine's own processes, which outlive a worker that is killed."""
         self._conn.close()
+        alive = self._process.is_alive()
+        children = psutil.Process(self._process.pid).children(recursive=True) if alive else []
         self._process.join(timeout=30)
-        if self._process.is_alive():
-            self._process.terminate()
+        for process in [self._process, *(child for child in children if child.is_running())]:
+            process.kill()
 
 
 # --- Measuring ------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 
 from bita_vllm import __version__, doctor
+from bita_vllm.training import data_command, eval_command, train_command
 
-SUBCOMMANDS = (doctor,)
+SUBCOMMANDS = (data_command, train_command, eval_command, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

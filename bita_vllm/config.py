@@ -3,8 +3,9 @@
 The options come in as vLLM's own speculative options (`--speculative-config`, `--spec-method` ...,
 Python dict, speculators format). They end up in `BitaSpeculativeConfig`, a subclass of vLLM's
 `SpeculativeConfig`: it travels wherever vLLM sends its config (pickle, copy, replace), and its type
-is the marker of a run that asked for bita. For vLLM's own branches it is a 'custom_class' method:
-no draft model, no draft KV cache, no async scheduling (vllm/config/speculative.py).
+is the marker of a run that asked for bita. For vLLM's own branches it is a method without a draft
+model and draft KV cache: 'custom_class' on the V1 runner, which schedules each step after the last
+one, 'ngram_gpu' on the V2 runner, which does not have to (vllm/config/{speculative,vllm}.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config, get_field
 from vllm.platforms import current_platform
 from vllm.utils.hashing import safe_hash
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 METHOD = "bita"
-WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
+CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
+GPU_WORKER_CLS = "bita_vllm.runner.gpu.BitaGPUWorker"
 SCHEDULER_CLS = "bita_vllm.scheduler.BitaScheduler"
+ASYNC_SCHEDULER_CLS = "bita_vllm.scheduler.BitaAsyncScheduler"
 OPTIONS = ("method", "model", "num_speculative_tokens", "tree")
 
 
@@ -86,13 +90,19 @@ class BitaSpeculativeConfig(SpeculativeConfig):
     bita: InstanceOf[BitaSettings] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """What vLLM does for 'custom_class', without its warning about experimental proposers."""
-        self.method = "custom_class"
+        """What vLLM does for its own method of that name, without a warning or a lookup."""
+        self.method = "ngram_gpu" if on_gpu() else "custom_class"
         self.model = f"{DrafterSeat.__module__}.{DrafterSeat.__qualname__}"
         self.prompt_lookup_max = 0
         self.prompt_lookup_min = 0
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
+
+    def use_ngram(self) -> bool:
+        return False
+
+    def use_ngram_gpu(self) -> bool:
+        return False
 
     def compute_hash(self) -> str:
         """The embedding of mask ids is part of the compiled graph, so it is part of the hash."""
@@ -241,42 +251,71 @@ def _explicit_template(tree: str, num_masks: int) -> Template:
     )
 
 
+def on_gpu() -> bool:
+    """Whether this process serves on vLLM's V2 runner: on a CUDA GPU."""
+    return current_platform.is_cuda()
+
+
 def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
-    """Take the worker class and scheduling mode for bita, unless the user asked for others.
+    """Take worker class, attention backend and scheduling for bita, unless the user asked for others.
 
     Source: VllmConfig.__post_init__ and CpuPlatform.check_and_update_config, which run after this
     and keep a worker class that is not 'auto' and an async_scheduling that is not None.
     """
-    if not current_platform.is_cpu():
+    # Here already: vLLM's own message about LoRA with drafts is about row counts.
+    _refuse_first([("LoRA (enable_lora)", args.enable_lora)])
+    if not (on_gpu() or current_platform.is_cpu()):
         raise ConfigError(
-            f"Speculative method 'bita' runs on vLLM's CPU platform only for now, but this is "
+            f"Speculative method 'bita' runs on vLLM's CUDA and CPU platforms, but this is "
             f"{current_platform.device_name!r}; serve without it."
         )
+    worker_cls = GPU_WORKER_CLS if on_gpu() else CPU_WORKER_CLS
+    if parallel_config.worker_cls not in ("auto", worker_cls):
+        raise ConfigError(
+            f"worker_cls is {parallel_config.worker_cls!r}, but bita needs its own worker; "
+            "leave it out."
+        )
+    if args.scheduler_cls not in (None, SCHEDULER_CLS):
+        raise ConfigError(
+            f"scheduler_cls is {args.scheduler_cls!r}, but bita needs its own scheduler; "
+            "leave it out."
+        )
+    parallel_config.worker_cls = worker_cls
+    args.scheduler_cls = SCHEDULER_CLS
+    if on_gpu():
+        _claim_gpu_runner(args)
+    else:
+        _claim_cpu_runner(args)
+
+
+def _claim_cpu_runner(args: EngineArgs) -> None:
     if envs.VLLM_USE_V2_MODEL_RUNNER:
         raise ConfigError(
             "VLLM_USE_V2_MODEL_RUNNER=1 is set, but on CPU bita uses vLLM's V1 model runner; "
             "unset it."
-        )
-    if parallel_config.worker_cls not in ("auto", WORKER_CLS):
-        raise ConfigError(
-            f"worker_cls is {parallel_config.worker_cls!r}, but bita needs its own worker; "
-            "leave it out."
         )
     if args.async_scheduling:
         raise ConfigError(
             "async_scheduling is on, but bita on CPU schedules each step after the last one; "
             "leave it out."
         )
-    # Here already: vLLM's own message about LoRA with drafts is about row counts.
-    _refuse_first([("LoRA (enable_lora)", args.enable_lora)])
-    if args.scheduler_cls not in (None, SCHEDULER_CLS):
+    args.async_scheduling = False
+
+
+def _claim_gpu_runner(args: EngineArgs) -> None:
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
         raise ConfigError(
-            f"scheduler_cls is {args.scheduler_cls!r}, but bita needs its own scheduler; "
+            "VLLM_USE_V2_MODEL_RUNNER=0 is set, but on a GPU bita uses vLLM's V2 model runner; "
+            "unset it."
+        )
+    asked = args.attention_backend or args.attention_config.backend
+    if asked not in (None, AttentionBackendEnum.TRITON_ATTN, "TRITON_ATTN"):
+        raise ConfigError(
+            f"attention_backend is {asked!r}, but bita brings its own on the layout of TRITON_ATTN; "
             "leave it out."
         )
-    parallel_config.worker_cls = WORKER_CLS
-    args.scheduler_cls = SCHEDULER_CLS
-    args.async_scheduling = False
+    args.attention_backend = None
+    args.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
 
 
 def check_engine(vllm_config: VllmConfig, settings: BitaSettings) -> None:
@@ -295,6 +334,8 @@ def check_engine(vllm_config: VllmConfig, settings: BitaSettings) -> None:
             f"rows; use at least {num_rows}, or a smaller tree (num_speculative_tokens)."
         )
     _refuse_first(_unsupported_engine(vllm_config))
+    if vllm_config.scheduler_config.async_scheduling:
+        vllm_config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER_CLS
 
 
 def _refuse_first(features: Iterable[tuple[str, bool]]) -> None:
@@ -328,7 +369,7 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     """(feature as the user knows it, whether this engine has it)."""
     for name in ("tensor", "pipeline", "data", "prefill_context", "decode_context"):
         size = getattr(c.parallel_config, f"{name}_parallel_size")
-        yield f"{name.replace('_', ' ')} parallelism on CPU ({name}_parallel_size {size})", size > 1
+        yield f"{name.replace('_', ' ')} parallelism ({name}_parallel_size {size})", size > 1
     yield "text watermarking (watermark_config)", c.watermark_config is not None
     yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
     cache = c.cache_config

@@ -1,8 +1,6 @@
-"""The spots of vLLM that bita changes or builds on, as a table; each is checked before it is used.
+"""The few patches on closed spots of vLLM, as a table; each spot is checked before it is used.
 
-A row with a `patch` is one: vLLM has no registry there. A row without one is a method that our
-worker, runner, attention backend or scheduler overrides. Every patch hands runs that do not ask for
-bita straight to vLLM's own code.
+vLLM has no registry there. Every patch hands runs that do not ask for bita straight to vLLM's own code.
 
 Patches are all applied or none: when a row does not hold, plain vLLM stays as it is, and a run that
 asks for bita gets one sentence that names the row and the versions that work.
@@ -16,53 +14,21 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
+from bita_vllm.hooks import CPU_OVERRIDES, GPU_OVERRIDES, Function, Hook, Problem
+
 logger = logging.getLogger("vllm.bita")
 
+OVERRIDES = CPU_OVERRIDES + GPU_OVERRIDES
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 CLI_ALIASES = {
     "--spec-method": "--speculative-method",
     "--spec-model": "--speculative-model",
     "--spec-tokens": "--speculative-tokens",
 }
-
-Function = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One spot of vLLM.
-
-    Attributes:
-        target: 'module:qualname'.
-        why: what bita needs it for.
-        signature: parameter names as `signature_text` writes them, in every supported version.
-        patch: called in its place, with the original first; None for a method we only override.
-    """
-
-    target: str
-    why: str
-    signature: str
-    patch: Function | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A hook that does not hold: `state` is 'missing' or 'changed'."""
-
-    hook: Hook
-    state: str
-    found: str = ""
-
-    def __str__(self) -> str:
-        if self.state == "missing":
-            return f"{self.hook.target} is missing"
-        return f"{self.hook.target} has the signature {self.found}, expected {self.hook.signature}"
-
 
 # --- The patches: each gets vLLM's own function first, then the call's arguments ------------------
 
@@ -135,9 +101,6 @@ def _spec_decoding_prom(
 
 
 _ENGINE_ARGS = "vllm.engine.arg_utils:EngineArgs"
-_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
 PATCHES = (
     Hook(
@@ -176,108 +139,6 @@ PATCHES = (
         "accepted tokens are counted by tree depth: no series for rows",
         "(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion=)",
         _spec_decoding_prom,
-    ),
-)
-
-OVERRIDES = (
-    Hook(
-        "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
-        "our worker makes our runner",
-        "(self)",
-    ),
-    Hook(
-        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
-        "our runner is built as a plain one",
-        "(self, vllm_config, device)",
-    ),
-    Hook(
-        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
-        "the embedding of mask ids is put in after loading",
-        "(self, load_dummy_weights=)",
-    ),
-    Hook(
-        f"{_RUNNER}._prepare_inputs",
-        "positions are tree depths",
-        "(self, scheduler_output, num_scheduled_tokens)",
-    ),
-    Hook(f"{_RUNNER}._sample", "the walk", "(self, logits, spec_decode_metadata)"),
-    Hook(
-        f"{_RUNNER}._build_attention_metadata",
-        "hands the step's blocks to the attention layers",
-        "(self, num_tokens, num_reqs, max_query_len, num_tokens_padded=, num_reqs_padded=, "
-        "ubatch_slices=, logits_indices=, max_num_sampled_tokens=, use_spec_decode=, "
-        "for_cudagraph_capture=, num_scheduled_tokens=, slot_mappings=)",
-    ),
-    Hook(f"{_RUNNER}._dummy_sampler_run", "profiles as a plain run", "(self, hidden_states)"),
-    Hook(
-        f"{_RUNNER}._input_fits_in_drafter",
-        "blocks are cut near max_model_len, not dropped",
-        "(self, common_attn_metadata)",
-    ),
-    Hook(f"{_RUNNER}.sample_tokens", "calls walk and proposal", "(self, grammar_output)"),
-    Hook(
-        f"{_RUNNER}.propose_draft_token_ids",
-        "hands out the next block",
-        "(self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, "
-        "sample_hidden_states, aux_hidden_states, spec_decode_metadata, common_attn_metadata, "
-        "slot_mappings)",
-    ),
-    Hook(
-        f"{_RUNNER}._bookkeeping_sync",
-        "tokens and logprobs of the walk",
-        "(self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens)",
-    ),
-    Hook(
-        "vllm.v1.sample.sampler:Sampler.forward",
-        "every emitted token is a draw of vLLM's own sampler",
-        "(self, logits, sampling_metadata, predict_bonus_token=, logprobs_mode_override=)",
-    ),
-    Hook(
-        "vllm.v1.attention.backends.registry:register_backend",
-        "puts our attention backend in",
-        "(backend, class_path=, is_mamba=)",
-    ),
-    Hook(
-        f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.forward",
-        "attention over step blocks",
-        "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
-        "output_block_scale=)",
-    ),
-    Hook(
-        f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update",
-        "layout of the KV cache",
-        "(self, layer, key, value, kv_cache, slot_mapping)",
-    ),
-    Hook(
-        f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder._set_isa_to_layers",
-        "pins the layout of the KV cache",
-        "(self, layer_names)",
-    ),
-    Hook(
-        "vllm.v1.attention.selector:_cached_get_attn_backend",
-        "is cleared around loading, so that our backend is seen by bita's model only",
-        "(backend, attn_selector_config, num_heads=, *, _run_kv_cache_dtype=)",
-    ),
-    Hook(
-        f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder.build",
-        "metadata of step blocks",
-        "(self, common_prefix_len, common_attn_metadata, fast_build=)",
-    ),
-    Hook(
-        f"{_SCHEDULER}.make_spec_decoding_stats",
-        "metrics count by depth, never rows",
-        "(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, "
-        "num_invalid_spec_tokens, request_id)",
-    ),
-    Hook(
-        f"{_SCHEDULER}.update_from_output",
-        "takes the emitted tokens",
-        "(self, scheduler_output, model_runner_output)",
-    ),
-    Hook(
-        "vllm.transformers_utils.configs.speculators.algos:register_speculator",
-        "makes vLLM read an adapter's config.json",
-        "(name)",
     ),
 )
 

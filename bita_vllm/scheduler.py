@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
@@ -15,7 +16,7 @@ from bita_vllm.config import get_settings
 from bita_vllm.tree import TemplateTable
 
 
-class BitaScheduler(Scheduler):
+class _DepthStatistics(Scheduler):
     """Stock scheduling; `vllm:spec_decode_*` counts depths offered and depths accepted, never rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,6 +38,14 @@ class BitaScheduler(Scheduler):
         depth = int(self._depth_offered[num_draft_tokens])
         stats = super().make_spec_decoding_stats(spec_decoding_stats, depth, *args, **kwargs)
         return stats or spec_decoding_stats
+
+
+class BitaScheduler(_DepthStatistics):
+    """Each step is scheduled after the last one."""
+
+
+class BitaAsyncScheduler(_DepthStatistics, AsyncScheduler):
+    """The next step is scheduled while a step runs."""
 
 
 def depth_offered(table: TemplateTable) -> np.ndarray:

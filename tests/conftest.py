@@ -9,6 +9,22 @@ import pytest
 from bita_vllm.embedded import embedded_model_dir
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--runner",
+        choices=("cpu", "gpu"),
+        default="cpu",
+        help="gpu: end-to-end tests run vLLM's V2 runner and our Triton kernels, interpreted on the CPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("runner") == "gpu":
+        import v2_on_cpu
+
+        v2_on_cpu.install()
+
+
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The Hugging Face directory of SmolLM2-135M-Instruct."""

@@ -8,15 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from e2e.engines import (
-    StepRecord,
-    engine,
-    generate,
-    idle_threads,
-    make_adapter,
-    recorded_steps,
-    torch_threads,
-)
+from e2e.engines import engine, generate, idle_threads, make_adapter, torch_threads
+from e2e.inspection import StepRecord, recorded_steps
 from naive_decoder import Template as NaiveTemplate
 from naive_decoder import decode
 from transformers import AutoModelForCausalLM, AutoTokenizer

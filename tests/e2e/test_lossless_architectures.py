@@ -13,18 +13,8 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from e2e.engines import (
-    NEAR_TIE,
-    differences,
-    engine,
-    generate,
-    known,
-    make_adapter,
-    metric,
-    oracle,
-    recorded_steps,
-    run,
-)
+from e2e.engines import NEAR_TIE, differences, engine, generate, make_adapter, metric, run
+from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 
 from bita_vllm.tree import Template

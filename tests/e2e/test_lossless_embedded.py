@@ -13,16 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from e2e.engines import (
-    NEAR_TIE,
-    differences,
-    engine,
-    generate,
-    idle_threads,
-    metric,
-    recorded_steps,
-    run,
-)
+from e2e.engines import NEAR_TIE, differences, engine, generate, idle_threads, metric, run
+from e2e.inspection import recorded_steps
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 

@@ -10,7 +10,8 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from e2e.engines import engine, generate, known, make_adapter, oracle, recorded_steps
+from e2e.engines import engine, generate, make_adapter
+from e2e.inspection import known, oracle, recorded_steps
 from vllm import RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams

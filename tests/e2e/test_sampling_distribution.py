@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from e2e.engines import StepRecord, engine, generate, make_adapter, recorded_steps, torch_threads
+from e2e.engines import engine, generate, make_adapter, torch_threads
+from e2e.inspection import StepRecord, recorded_steps
 from scipy.stats import chi2, chisquare
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams

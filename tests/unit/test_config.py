@@ -106,7 +106,7 @@ def test_scheduler_counts_the_template_rows(make):
 
 def test_run_gets_our_worker_and_synchronous_scheduling(make):
     config = make()
-    assert config.parallel_config.worker_cls == bita_config.WORKER_CLS
+    assert config.parallel_config.worker_cls == bita_config.CPU_WORKER_CLS
     assert config.scheduler_config.scheduler_cls == bita_config.SCHEDULER_CLS
     assert config.scheduler_config.async_scheduling is False
     assert not config.use_v2_model_runner
@@ -246,7 +246,7 @@ def test_model_runner_v2_on_cpu_is_refused(make, monkeypatch):
 
 def test_other_platforms_are_refused(make, monkeypatch):
     monkeypatch.setattr(type(bita_config.current_platform), "is_cpu", lambda self: False)
-    assert "CPU platform only" in refused(make)
+    assert "CUDA and CPU platforms" in refused(make)
 
 
 MODELS = {

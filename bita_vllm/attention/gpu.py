@@ -1,0 +1,124 @@
+"""GPU attention backend: vLLM's Triton backend, with tree attention in steps that hold blocks.
+
+KV layout, cache writes and metadata are stock (vllm/v1/attention/backends/triton_attn.py), so steps
+without blocks (prefill) run in vLLM's own kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bita_kernels.attention_config import AttentionConfig
+from bita_kernels.tree_attention import Workspace, tree_attention
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+from bita_vllm.runner.gpu_trees import StepTrees
+
+
+@dataclass
+class TreeTritonMetadata(TritonAttentionMetadata):
+    """Stock metadata plus the step's trees (None: every row is causal)."""
+
+    trees: StepTrees | None = None
+
+
+class TreeTritonMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Stock metadata in a class that has room for the trees."""
+
+    def build(self, *args: Any, **kwargs: Any) -> TreeTritonMetadata:
+        return TreeTritonMetadata(**vars(super().build(*args, **kwargs)))
+
+
+class TreeTritonAttentionBackend(TritonAttentionBackend):
+    """Registered in place of TRITON_ATTN while a bita model is built."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeTritonAttentionImpl]:
+        return TreeTritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeTritonMetadataBuilder]:
+        return TreeTritonMetadataBuilder
+
+
+class TreeTritonAttentionImpl(TritonAttentionImpl):
+    """One layer: stock for steps without blocks, tree attention for the others."""
+
+    # [P, Hkv, D] each, in the model's dtype
+    prompt_keys: torch.Tensor
+    prompt_values: torch.Tensor
+    config: AttentionConfig
+    # shared by all layers of a shape; None: splits in turn
+    workspace: Workspace | None = None
+
+    def set_prompt_tokens(
+        self,
+        # [P, Hkv, D]
+        keys: torch.Tensor,
+        # [P, Hkv, D]
+        values: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> int:
+        """Keep the layer's prompt tokens on the device; returns their bytes."""
+        self.prompt_keys = keys.to(device, dtype).contiguous()
+        self.prompt_values = values.to(device, dtype).contiguous()
+        return self.prompt_keys.nbytes + self.prompt_values.nbytes
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TreeTritonMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As TritonAttentionImpl.forward: query `[rows, Hq, D]`, writes and returns output."""
+        if attn_metadata is None or attn_metadata.trees is None:
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        trees, rows = attn_metadata.trees, attn_metadata.num_actual_tokens
+        num_requests = len(attn_metadata.seq_lens)
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        tree_attention(
+            query[:rows],
+            key_cache,
+            value_cache,
+            attn_metadata.block_table,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            trees.line[:num_requests],
+            trees.table,
+            self.prompt_keys,
+            self.prompt_values,
+            output[:rows].view(rows, self.num_heads, self.head_size),
+            scale=self.scale,
+            config=self.config,
+            max_query_len=attn_metadata.max_query_len,
+            max_seq_len=attn_metadata.max_seq_len,
+            window=self.sliding_window[0] + 1,
+            softcap=self.logits_soft_cap,
+            sinks=self.sinks,
+            workspace=self.workspace,
+        )
+        return output

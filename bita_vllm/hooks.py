@@ -1,0 +1,230 @@
+"""Spots of vLLM that bita builds on: what its worker, runners, attention and scheduler override.
+
+Checked against the installed vLLM, and against the source of every supported version (tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One spot of vLLM.
+
+    Attributes:
+        target: 'module:qualname'.
+        why: what bita needs it for.
+        signature: parameter names as `signature_text` writes them, in every supported version.
+        patch: called in its place, with the original first; None for a method we only override.
+    """
+
+    target: str
+    why: str
+    signature: str
+    patch: Function | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A hook that does not hold: `state` is 'missing' or 'changed'."""
+
+    hook: Hook
+    state: str
+    found: str = ""
+
+    def __str__(self) -> str:
+        if self.state == "missing":
+            return f"{self.hook.target} is missing"
+        return f"{self.hook.target} has the signature {self.found}, expected {self.hook.signature}"
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+CPU_OVERRIDES = (
+    Hook(
+        "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+        "our worker makes our runner",
+        "(self)",
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.__init__",
+        "our runner is built as a plain one",
+        "(self, vllm_config, device)",
+    ),
+    Hook(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+        "the embedding of mask ids is put in after loading",
+        "(self, load_dummy_weights=)",
+    ),
+    Hook(
+        f"{_RUNNER}._prepare_inputs",
+        "positions are tree depths",
+        "(self, scheduler_output, num_scheduled_tokens)",
+    ),
+    Hook(f"{_RUNNER}._sample", "the walk", "(self, logits, spec_decode_metadata)"),
+    Hook(
+        f"{_RUNNER}._build_attention_metadata",
+        "hands the step's blocks to the attention layers",
+        "(self, num_tokens, num_reqs, max_query_len, num_tokens_padded=, num_reqs_padded=, "
+        "ubatch_slices=, logits_indices=, max_num_sampled_tokens=, use_spec_decode=, "
+        "for_cudagraph_capture=, num_scheduled_tokens=, slot_mappings=)",
+    ),
+    Hook(f"{_RUNNER}._dummy_sampler_run", "profiles as a plain run", "(self, hidden_states)"),
+    Hook(
+        f"{_RUNNER}._input_fits_in_drafter",
+        "blocks are cut near max_model_len, not dropped",
+        "(self, common_attn_metadata)",
+    ),
+    Hook(f"{_RUNNER}.sample_tokens", "calls walk and proposal", "(self, grammar_output)"),
+    Hook(
+        f"{_RUNNER}.propose_draft_token_ids",
+        "hands out the next block",
+        "(self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, "
+        "sample_hidden_states, aux_hidden_states, spec_decode_metadata, common_attn_metadata, "
+        "slot_mappings)",
+    ),
+    Hook(
+        f"{_RUNNER}._bookkeeping_sync",
+        "tokens and logprobs of the walk",
+        "(self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens)",
+    ),
+    Hook(
+        "vllm.v1.sample.sampler:Sampler.forward",
+        "every emitted token is a draw of vLLM's own sampler",
+        "(self, logits, sampling_metadata, predict_bonus_token=, logprobs_mode_override=)",
+    ),
+    Hook(
+        "vllm.v1.attention.backends.registry:register_backend",
+        "puts our attention backend in",
+        "(backend, class_path=, is_mamba=)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.forward",
+        "attention over step blocks",
+        "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
+        "output_block_scale=)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update",
+        "layout of the KV cache",
+        "(self, layer, key, value, kv_cache, slot_mapping)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder._set_isa_to_layers",
+        "pins the layout of the KV cache",
+        "(self, layer_names)",
+    ),
+    Hook(
+        "vllm.v1.attention.selector:_cached_get_attn_backend",
+        "is cleared around loading, so that our backend is seen by bita's model only",
+        "(backend, attn_selector_config, num_heads=, *, _run_kv_cache_dtype=)",
+    ),
+    Hook(
+        f"{_CPU_ATTENTION}:CPUAttentionMetadataBuilder.build",
+        "metadata of step blocks",
+        "(self, common_prefix_len, common_attn_metadata, fast_build=)",
+    ),
+    Hook(
+        f"{_SCHEDULER}.make_spec_decoding_stats",
+        "metrics count by depth, never rows",
+        "(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, "
+        "num_invalid_spec_tokens, request_id)",
+    ),
+    Hook(
+        f"{_SCHEDULER}.update_from_output",
+        "takes the emitted tokens",
+        "(self, scheduler_output, model_runner_output)",
+    ),
+    Hook(
+        "vllm.transformers_utils.configs.speculators.algos:register_speculator",
+        "makes vLLM read an adapter's config.json",
+        "(name)",
+    ),
+)
+
+_V2 = "vllm.v1.worker.gpu"
+_V2_RUNNER = f"{_V2}.model_runner:GPUModelRunner"
+_TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+
+GPU_OVERRIDES = (
+    Hook(
+        "vllm.v1.worker.gpu_worker:Worker._make_model_runner",
+        "our worker makes our runner",
+        "(self)",
+    ),
+    Hook(f"{_V2_RUNNER}.__init__", "takes our speculator", "(self, vllm_config, device)"),
+    Hook(
+        f"{_V2_RUNNER}.load_model",
+        "takes our model state, and our attention backend",
+        "(self, load_dummy_weights=, *args, model=, **kwargs)",
+    ),
+    Hook(
+        f"{_V2_RUNNER}.initialize_kv_cache",
+        "addresses of the KV caches",
+        "(self, kv_cache_config, is_profiling=, kv_cache_allocation_context=)",
+    ),
+    Hook(
+        f"{_V2_RUNNER}.sample",
+        "the walk, and the next blocks",
+        "(self, hidden_states, input_batch, grammar_output)",
+    ),
+    Hook(
+        f"{_V2}.spec_decode:init_speculator", "our speculator", "(vllm_config, device, req_states)"
+    ),
+    Hook(
+        f"{_V2}.model_states:init_model_state",
+        "our model state",
+        "(vllm_config, model, encoder_cache, device)",
+    ),
+    Hook(
+        f"{_V2}.model_states.default:DefaultModelState.prepare_attn",
+        "tree positions, and the trees for the attention layers",
+        "(self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, "
+        "kv_cache_config, for_capture=, ubatch_idx=, model_specific_attn_metadata=)",
+    ),
+    Hook(
+        f"{_V2}.sample.sampler:Sampler.sample",
+        "every emitted token is a draw of vLLM's own sampler",
+        "(self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, "
+        "expanded_local_pos, seq_lens_upper_bound_np, return_logprobs=)",
+    ),
+    Hook(
+        f"{_V2}.sample.sampler:Sampler.get_logprobs_dims",
+        "logprobs of the emitted tokens",
+        "(self, idx_mapping_np, include_token_ids=)",
+    ),
+    Hook(
+        f"{_V2}.sample.logprob:compute_topk_scores",
+        "logprobs of the emitted tokens",
+        "(logits, num_logprobs, sampled_token_ids, cu_num_logits=, logprob_token_ids_state=, "
+        "expanded_idx_mapping=, max_per_req_token_ids=, logits_mode=)",
+    ),
+    Hook(
+        f"{_V2}.input_batch:get_num_sampled_and_rejected",
+        "partial prefills emit nothing",
+        "(num_sampled, seq_lens, cu_num_logits, idx_mapping, prefill_len)",
+    ),
+    Hook(
+        f"{_TRITON_ATTENTION}:TritonAttentionImpl.forward",
+        "attention over step blocks",
+        "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
+        "output_block_scale=)",
+    ),
+    Hook(
+        f"{_TRITON_ATTENTION}:TritonAttentionImpl.do_kv_cache_update",
+        "layout of the KV cache",
+        "(self, layer, key, value, kv_cache, slot_mapping)",
+    ),
+    Hook(
+        f"{_TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build",
+        "metadata of step blocks",
+        "(self, common_prefix_len, common_attn_metadata, fast_build=)",
+    ),
+)

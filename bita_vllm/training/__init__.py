@@ -1,0 +1,1 @@
+"""Training: data from the model itself, the mask rows over a frozen base, trainer, evaluation."""

@@ -1,0 +1,89 @@
+"""Where a run stands: weights, optimizer state and step, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from bita_vllm.adapter import AdapterError
+
+
+def save_checkpoint(
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    step: int,
+) -> None:
+    """Write all of it in one move, so that a crash leaves the checkpoint before."""
+    tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
+    tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    scratch = path.with_suffix(".saving")
+    save_file(tensors, scratch, metadata={"config": json.dumps(config), "step": str(step)})
+    os.replace(scratch, path)
+
+
+def load_checkpoint(
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, torch.Tensor],
+    config: dict[str, Any],
+) -> int:
+    """Put everything back in place and return the step.
+
+    Raises AdapterError if the file is missing or damaged, or its run was configured differently.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        saved, step = json.loads(metadata["config"]), int(metadata["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"There is no training to resume in {path} ({type(error).__name__}: {error}); start "
+            "without --resume."
+        ) from error
+    different = [
+        f"{name} was {saved.get(name)!r} and is now {value!r}"
+        for name, value in config.items()
+        if saved.get(name) != value
+    ]
+    shapes = {name: list(p.shape) for name, p in parameters.items()}
+    saved_shapes = {
+        name.removeprefix("parameter/"): list(tensor.shape)
+        for name, tensor in tensors.items()
+        if name.startswith("parameter/")
+    }
+    different += [
+        f"{name} had shape {saved_shapes.get(name)} and now has {shapes.get(name)}"
+        for name in sorted(set(shapes) | set(saved_shapes))
+        if shapes.get(name) != saved_shapes.get(name)
+    ]
+    if different:
+        raise AdapterError(
+            f"{path} is of a run with another configuration ({'; '.join(different[:4])}); resume "
+            "with the same options, or start in another directory."
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:
+                    device = "cpu" if key == "step" else parameter.device
+                    optimizer.state[parameter][key] = value.to(device)
+        for name, tensor in average.items():
+            tensor.copy_(tensors[f"average/{name}"])
+    return step

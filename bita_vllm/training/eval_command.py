@@ -1,0 +1,313 @@
+"""`bita eval`: how good an adapter's drafts are, without the engine and with it."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bita_vllm.adapter import AdapterConfig
+    from bita_vllm.training.samples import Sample
+    from bita_vllm.tree import Template
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEFAULT_TREES = ("1,1,1", "5,4,3", "auto")
+SHOWN_RANKS = (1, 2, 3, 5, 10)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `eval` to the `bita` command."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure an adapter: accuracy of each mask, accepted length of trees",
+        description="Measure an adapter on the base model's own greedy answers, and save the acceptance statistics "
+        "that choosing a tree needs in the adapter's config.",
+    )
+    add = parser.add_argument
+    add("adapter", help="adapter directory or hub name")
+    add("--model", help="base model (default: the one that the adapter names)")
+    add("--revision", help="revision of the model on the hub")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="data file of 'bita data': its answers are used as they are")
+    source.add_argument(
+        "--prompts", help="prompts, in any form that 'bita data' takes, to be answered first"
+    )
+    add("--num-prompts", type=int, help="use the first so many prompts or samples (default: all)")
+    add("--max-answer-tokens", type=int, default=512, help="of answers made here (default: 512)")
+    add(
+        "--max-positions",
+        type=int,
+        default=20000,
+        help="answer tokens to evaluate (default: 20000)",
+    )
+    add(
+        "--tree",
+        action="append",
+        metavar="TREE",
+        help="tree to simulate: '5,4,3', 'auto', 'auto:24' (at most 24 rows) or a template file; may be given again "
+        f"(default: {' and '.join(DEFAULT_TREES)})",
+    )
+    add("--engine", action="store_true", help="measure every tree in the engine too")
+    add("--concurrency", type=int, default=8, help="requests in flight with --engine (default: 8)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the base model, as 'bita train' (default: auto)",
+    )
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's LLM class")
+    add("--no-save", action="store_true", help="leave the adapter's config as it is")
+    add("--csv", type=Path, help="write a table with one row a tree")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print; returns the exit code."""
+    from bita_vllm.adapter import AdapterError
+    from bita_vllm.training.samples import DataError
+    from bita_vllm.tree import TemplateError
+
+    try:
+        result = evaluate(args)
+    except (AdapterError, DataError, TemplateError) as error:
+        print(f"bita: {error}", file=sys.stderr)
+        return 1
+    if args.csv:
+        _write_csv(args.csv, result)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_tables(result)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The result as `--json` prints it. Raises AdapterError, DataError or TemplateError."""
+    import torch
+
+    from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
+    from bita_vllm.training.base_model import load_tokenizer
+    from bita_vllm.training.data_command import parse_engine_args, require_at_least
+    from bita_vllm.training.evaluate import (
+        acceptance_statistics,
+        accepted_lengths,
+        answer_ranks,
+        mask_accuracy,
+        parse_tree,
+        save_acceptance,
+    )
+    from bita_vllm.training.mask_model import MaskModel, load_adapter
+    from bita_vllm.training.provenance import versions
+    from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
+    from bita_vllm.training.train_command import fast_dtype, load_base
+
+    limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
+    require_at_least(args, limits)
+    engine_args = parse_engine_args(args)
+    adapter_dir = resolve_adapter_dir(args.adapter)
+    if args.engine:
+        AdapterConfig.load(adapter_dir)  # refuses what the engine cannot serve
+    config = load_adapter(adapter_dir).config
+    trees = args.tree or [tree for tree in DEFAULT_TREES if _fits(tree, config)]
+    for tree in trees:
+        parse_tree(tree, config, None)  # what cannot be is refused before anything is computed
+    model = args.model or config.verifier
+    tokenizer, revision = load_tokenizer(model, args.revision)
+    dtype = args.dtype  # of the decoder and the engines
+    if dtype == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = str(fast_dtype(device)).removeprefix("torch.")
+    samples = _answers(args, model, dtype, tokenizer, engine_args)
+    if args.data:
+        check_tokens(samples, config.model.vocab_size, args.data)
+        check_tokenizer(samples, tokenizer, args.data)
+
+    base = load_base(model, args.revision, "auto", dtype)
+    decoder = MaskModel.from_adapter(base, adapter_dir)
+    ranks = answer_ranks(decoder, samples, args.max_positions)
+    samples = samples[: len(ranks)]
+    accuracy = mask_accuracy(ranks)
+    if not accuracy.num_positions.all():
+        raise DataError(
+            f"The answers of {args.data or args.prompts} are too short for {config.num_mask_tokens} mask tokens; "
+            "take longer ones."
+        )
+    origin = {
+        "model": model,
+        "revision": revision,
+        "dtype": dtype,
+        "data": args.data or args.prompts,
+        "num_answers": len(samples),
+        "num_answer_tokens": sum(map(len, ranks)),
+        "versions": versions(),
+    }
+    del decoder, base
+    acceptance = {
+        **acceptance_statistics(ranks),
+        **origin,
+        "model": _portable(model),
+        "data": _portable(args.data or args.prompts),
+    }
+    templates = {tree: parse_tree(tree, config, acceptance["rank_probability"]) for tree in trees}
+    if not args.no_save:
+        save_acceptance(adapter_dir, acceptance)
+    rows = []
+    for tree, template in templates.items():
+        lengths = accepted_lengths(template, ranks)
+        row = {
+            "tree": tree,
+            "rows": template.num_rows,
+            "nodes": template.num_nodes - 1,
+            "steps": sum(map(len, lengths)),
+            "simulated": _mean([length for answer in lengths for length in answer]),
+        }
+        if args.engine:
+            steps = [len(answer) for answer in lengths]
+            row |= _engine_row(
+                args, model, dtype, adapter_dir, template, samples, steps, engine_args
+            )
+        rows.append(row)
+    return {
+        "adapter": args.adapter,
+        **origin,
+        "accuracy": {
+            f"m{j}": [round(p, 6) for p in top] for j, top in enumerate(accuracy.top.tolist(), 1)
+        },
+        "acceptance": acceptance,
+        "trees": rows,
+    }
+
+
+def _portable(name: str) -> str:
+    """A hub name, or the last part of a path: an adapter travels, this machine's folders do not."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _fits(tree: str, config: AdapterConfig) -> bool:
+    return tree == "auto" or tree.count(",") < config.num_mask_tokens
+
+
+def _answers(
+    args: argparse.Namespace, model: str, dtype: str, tokenizer: Any, engine_args: dict[str, Any]
+) -> list[Sample]:
+    """From the data file, or made now, as `bita data` makes them."""
+    from bita_vllm.training.base_model import start_engine
+    from bita_vllm.training.generate import GenerateConfig, Generator
+    from bita_vllm.training.samples import SampleWriter, read_prompts, read_samples
+
+    if args.data:
+        return read_samples(args.data)[: args.num_prompts]
+    prompts = read_prompts(args.prompts)[: args.num_prompts]
+    config = GenerateConfig(max_prompt_tokens=1024, max_answer_tokens=args.max_answer_tokens)
+    options = {
+        "max_model_len": config.max_prompt_tokens + config.max_answer_tokens,
+        "revision": args.revision,
+        "dtype": dtype,
+        **engine_args,
+    }
+    with tempfile.TemporaryDirectory() as folder, start_engine(model, **options) as llm:
+        path = Path(folder) / "answers.jsonl"
+        writer = SampleWriter(path, {"model": model, "revision": args.revision, "settings": {}})
+        Generator(llm, tokenizer, config).write_given(writer, prompts, len(prompts))
+        return read_samples(path)
+
+
+def _engine_row(
+    args: argparse.Namespace,
+    model: str,
+    dtype: str,
+    adapter_dir: Path,
+    template: Template,
+    samples: list[Sample],
+    steps: list[int],
+    engine_args: dict[str, Any],
+) -> dict[str, Any]:
+    """Accepted length in the engine; `same_answers` counts answers that came out token for token as
+    they were known, `same_steps` those of them that took as many steps as the simulation says."""
+    from bita_vllm.training.base_model import start_engine
+    from bita_vllm.training.engine_lengths import engine_answers
+
+    longest = max(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree.json"
+        template.save(tree)
+        options = {
+            "revision": args.revision,
+            "dtype": dtype,
+            "max_model_len": longest + template.num_rows,
+            "speculative_config": {
+                "method": "bita",
+                "model": str(adapter_dir),
+                "tree": str(tree),
+            },
+            **engine_args,
+        }
+        with start_engine(model, **options) as llm:
+            answers = engine_answers(llm, samples, args.concurrency)
+    same = [a.token_ids == s.answer_ids for a, s in zip(answers, samples, strict=True)]
+    return {
+        "engine": sum(len(a.token_ids) - 1 for a in answers)
+        / max(sum(a.steps for a in answers), 1),
+        "engine_steps": sum(a.steps for a in answers),
+        "same_answers": sum(same),
+        "same_steps": sum(
+            a.steps == n for a, n, is_same in zip(answers, steps, same, strict=True) if is_same
+        ),
+    }
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def _write_csv(path: Path, result: dict[str, Any]) -> None:
+    """One row a tree: the tree's figures, accuracies, and where all of it comes from."""
+    shared = {key: result[key] for key in result if not isinstance(result[key], dict | list)}
+    shared |= {
+        f"{mask}_top{r}": top[r - 1] for mask, top in result["accuracy"].items() for r in (1, 5, 10)
+    }
+    shared |= result["versions"]
+    rows = [{**row, **shared} for row in result["trees"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{result['num_answers']} answers, {result['num_answer_tokens']} tokens, {result['dtype']}",
+        highlight=False,
+    )
+    accuracy = Table(box=None, pad_edge=False)
+    accuracy.add_column("mask")
+    for r in SHOWN_RANKS:
+        accuracy.add_column(f"top-{r}", justify="right")
+    accuracy.add_column("accepted given earlier", justify="right")
+    given = result["acceptance"]["rank_probability"]
+    for (mask, top), ranks in zip(result["accuracy"].items(), given, strict=True):
+        shown = [f"{top[r - 1]:.3f}" for r in SHOWN_RANKS]
+        accuracy.add_row(mask, *shown, " ".join(f"{p:.3f}" for p in ranks[:4]) + " ...")
+    console.print(accuracy)
+    trees = Table(box=None, pad_edge=False)
+    names = [name for name in result["trees"][0] if name != "tree"]
+    trees.add_column("tree")
+    for name in names:
+        trees.add_column(name.replace("_", " "), justify="right")
+    for row in result["trees"]:
+        values = (row[name] for name in names)
+        trees.add_row(
+            row["tree"], *(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
+        )
+    console.print(trees)

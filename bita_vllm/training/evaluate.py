@@ -1,0 +1,180 @@
+"""How good an adapter's drafts are: accuracy of each mask, acceptance statistics, accepted length.
+
+Measured on the base model's own greedy answers. The ranks of the answers' tokens in the mask rows'
+predictions are computed once (`answer_ranks`), by the model code of training, so adapters with
+low-rank deltas are measured too; the rest follows from the ranks alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bita_vllm.adapter import CONFIG_FILE, AdapterConfig, AdapterError
+from bita_vllm.training.mask_model import MaskModel
+from bita_vllm.training.samples import Sample
+from bita_vllm.training.walk import NO_RANK, TreeWalker
+from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tree_search import best_template
+
+NUM_RANKS = 10
+REFERENCE_WIDTHS = (5, 4, 3)  # the paper's tree; deeper masks get the last width
+CONDITION = (
+    "over the nodes that greedy decoding with reference_tree reached (all tokens before accepted) and that had "
+    "candidates from that mask"
+)
+
+
+@torch.no_grad()
+def answer_ranks(
+    model: MaskModel,
+    samples: Sequence[Sample],
+    max_positions: int,
+    chunk_groups: int = 128,
+) -> list[np.ndarray]:
+    """For each answer of n tokens `[n, k]` int32: entry (i, j) is the rank of answer token i+2+j in
+    the prediction of mask index j of a group under answer token i; NO_RANK behind the answer's end.
+
+    Rank 0 is the most likely token; of equal logits the smaller id comes first. Stops before the
+    sample that would bring the mask groups to more than `max_positions` (never before the first).
+    """
+    found: list[np.ndarray] = []
+    device = model.mask_embeddings.device
+    total = min(max_positions, sum(len(sample.answer_ids) for sample in samples))
+    with tqdm(total=total, desc="evaluating", unit="position") as bar:
+        for sample in samples:
+            if found and sum(map(len, found)) + len(sample.answer_ids) > max_positions:
+                break
+            ids = torch.tensor(sample.prompt_ids + sample.answer_ids, device=device)
+            first, n = len(sample.prompt_ids), len(sample.answer_ids)
+            ranks = np.full((n, model.num_masks), NO_RANK, dtype=np.int32)
+            context = model.context(ids[None])
+            # The group under the answer's last but one token has nothing to predict.
+            for start in range(0, n - 2, chunk_groups):
+                roots = torch.arange(first + start, first + min(start + chunk_groups, n - 2))
+                rows = _target_ranks(model, context, ids, roots.to(device))
+                ranks[start : start + len(roots)] = rows.cpu().numpy()
+            found.append(ranks)
+            bar.update(n)
+    return found
+
+
+def _target_ranks(
+    model: MaskModel,
+    context: Any,
+    # [T] the whole text
+    ids: torch.Tensor,
+    # [G] places of the roots in it
+    roots: torch.Tensor,
+) -> torch.Tensor:
+    """`[G, k]` int32 rank of the text's token in each mask row's prediction."""
+    places = roots[:, None] + 2 + torch.arange(model.num_masks, device=roots.device)
+    exists = places < len(ids)
+    targets = ids[places.clamp(max=len(ids) - 1)][..., None]  # [G, k, 1]
+    logits = model.logits(model.mask_hidden(context, roots[None]))[0]  # [G, k, V]
+    own = logits.gather(-1, targets)
+    tokens = torch.arange(logits.shape[-1], device=roots.device)
+    before = (logits > own) | ((logits == own) & (tokens < targets))
+    return torch.where(exists, before.sum(-1), NO_RANK).int()
+
+
+@dataclass(frozen=True)
+class MaskAccuracy:
+    """How often a mask's first r candidates hold the token, over all places of all answers.
+
+    Attributes:
+        top: `[k, NUM_RANKS]`, entry (j, r-1) for mask index j and its first r candidates.
+        num_positions: `[k]` places that mask index j had a token to predict for.
+    """
+
+    top: np.ndarray
+    num_positions: np.ndarray
+
+
+def mask_accuracy(ranks: Sequence[np.ndarray]) -> MaskAccuracy:
+    """From the ranks of all answers; 0 where there was nothing to predict."""
+    rows = np.concatenate(ranks)  # [positions, k]
+    num = (rows != NO_RANK).sum(axis=0)
+    hits = (rows[:, :, None] <= np.arange(NUM_RANKS)).sum(axis=0)  # [k, NUM_RANKS]
+    return MaskAccuracy(hits / np.maximum(num, 1)[:, None], num)
+
+
+def accepted_lengths(template: Template, ranks: Sequence[np.ndarray]) -> list[list[int]]:
+    """Accepted length of every step after prefill, by answer."""
+    walker = TreeWalker(template)
+    return [walker.replay(rows).lengths for rows in ranks]
+
+
+def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The table that template choice needs (`tree_search.best_template`), and what it is over.
+
+    `rank_probability` `[k][NUM_RANKS]` is P(the candidate of rank r of mask j is the token | the
+    tokens before it were accepted). Which places that leaves depends on the tree: they are those
+    that decoding with the reference tree comes to, and all ranks are counted there, in the tree or
+    not. A mask that was never reached has zeros, and `num_positions` says so.
+    """
+    num_masks = ranks[0].shape[1]
+    widths = [REFERENCE_WIDTHS[min(j, len(REFERENCE_WIDTHS) - 1)] for j in range(num_masks)]
+    walker = TreeWalker(Template.from_widths(widths, num_masks))
+    counts = np.zeros((num_masks, NUM_RANKS + 1), dtype=np.int64)
+    for rows in ranks:
+        for mask_index, rank in walker.replay(rows).candidates:
+            counts[mask_index, min(rank, NUM_RANKS)] += 1
+    num = counts.sum(axis=1)
+    probability = counts[:, :NUM_RANKS] / np.maximum(num, 1)[:, None]
+    return {
+        "rank_probability": [[round(p, 6) for p in row] for row in probability.tolist()],
+        "num_positions": num.tolist(),
+        "reference_tree": ",".join(map(str, widths)),
+        "condition": CONDITION,
+    }
+
+
+def save_acceptance(adapter_dir: Path, statistics: dict[str, Any]) -> None:
+    """Put the statistics into the adapter's config.json, in one move. Raises AdapterError."""
+    path = adapter_dir / CONFIG_FILE
+    scratch = path.with_suffix(".saving")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw["acceptance"] = statistics
+        scratch.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"The acceptance statistics could not be saved to {path} ({error})."
+        ) from error
+
+
+def parse_tree(
+    spec: str, config: AdapterConfig, rank_probability: Sequence[Sequence[float]] | None
+) -> Template:
+    """'5,4,3', 'auto' (the adapter's row budget), 'auto:24' (at most 24 rows), or a template file.
+
+    `rank_probability` is what 'auto' chooses by (None: the default). Raises TemplateError.
+    """
+    name, _, rows = spec.partition(":")
+    if name == "auto" and (rows.isdigit() or spec == "auto"):
+        budget = int(rows) if rows else config.speculative_tokens + 1
+        return best_template(budget, config.num_mask_tokens, rank_probability)
+    widths = [part.strip() for part in spec.split(",")]
+    if all(part.isdigit() for part in widths):
+        return Template.from_widths([int(part) for part in widths], config.num_mask_tokens)
+    if not Path(spec).is_file():
+        raise TemplateError(
+            f"Tree {spec!r} is neither 'auto', 'auto:ROWS', widths such as '5,4,3', nor an existing template file."
+        )
+    template = Template.load(spec)
+    if template.num_masks > config.num_mask_tokens:
+        raise TemplateError(
+            f"Tree {spec!r} has a mask group of {template.num_masks} rows, but the adapter has "
+            f"{config.num_mask_tokens} mask tokens; use shorter groups."
+        )
+    return template

@@ -1,0 +1,151 @@
+"""What mask rows are trained to: the text's own token, and the base model's own distribution.
+
+    loss of a row of Mj = w_j * ((1 - distill) * CE(token at p+1+j) + distill * KL(base || mask))
+
+where the base's distribution for that position is its own, one token earlier (position p+j).
+Logits are as wide as the vocabulary, so they exist for one chunk of rows at a time: the gradient at
+the rows' hidden states is taken chunk by chunk in the forward pass and only kept, scaled, for the
+backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bita_vllm.training.batches import IGNORED, MaskBatch
+from bita_vllm.training.mask_attention import at_least_float32
+from bita_vllm.training.mask_model import Context, MaskModel
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Sums over rows, so that batches and processes add up."""
+
+    loss: torch.Tensor  # scalar with gradient: weighted sum over rows / `weight_sum`
+    statistics: torch.Tensor  # [4, k], no gradient
+
+    @property
+    def cross_entropy(self) -> torch.Tensor:
+        """`[k]`, summed over rows, nats."""
+        return self.statistics[0]
+
+    @property
+    def divergence(self) -> torch.Tensor:
+        """`[k]`, KL summed over rows, nats; zeros without distillation."""
+        return self.statistics[1]
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """`[k]` rows whose best token is the text's."""
+        return self.statistics[2]
+
+    @property
+    def count(self) -> torch.Tensor:
+        """`[k]` rows with a target."""
+        return self.statistics[3]
+
+
+def mask_weights(num_masks: int, decay: float) -> torch.Tensor:
+    """`[k]` weights decay^(j-1) of the masks."""
+    return decay ** torch.arange(num_masks, dtype=torch.float32)
+
+
+def mask_loss(
+    model: MaskModel,
+    context: Context,
+    # [B, G, k, H]
+    hidden: torch.Tensor,
+    batch: MaskBatch,
+    # [k]
+    weights: torch.Tensor,
+    weight_sum: float,
+    distill: float,
+    chunk_rows: int,
+) -> LossResult:
+    """Loss and statistics of a batch; `distill` in 0..1 is the share of KL against CE."""
+    num_masks = hidden.shape[2]
+    valid = batch.targets != IGNORED  # [B, G, k]
+    sequence, group, place = valid.nonzero(as_tuple=True)  # each [rows]
+    # Base and masks of one place in the text lie side by side, so a chunk needs few base rows.
+    length = context.hidden.shape[1]
+    teacher_place = sequence * length + batch.roots[sequence, group] + place + 1
+    order = teacher_place.argsort(stable=True)
+    sequence, group, place = sequence[order], group[order], place[order]
+    statistics = at_least_float32(hidden.new_zeros(4, num_masks))
+    loss = _ChunkedLoss.apply(
+        hidden[sequence, group, place],
+        model,
+        context.hidden.flatten(0, 1),
+        teacher_place[order],
+        batch.targets[sequence, group, place],
+        place,
+        weights.to(hidden.device) / weight_sum,
+        distill,
+        chunk_rows,
+        statistics,
+    )
+    return LossResult(loss, statistics)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        rows: torch.Tensor,  # [rows, H]
+        model: MaskModel,
+        base_hidden: torch.Tensor,  # [B*T, H]
+        teacher: torch.Tensor,  # [rows], ascending indices into base_hidden
+        targets: torch.Tensor,  # [rows]
+        place: torch.Tensor,  # [rows], mask index from 0
+        weights: torch.Tensor,  # [k]
+        distill: float,
+        chunk_rows: int,
+        statistics: torch.Tensor,  # [4, k], added to
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=statistics.dtype, device=rows.device)
+        grad = torch.empty_like(rows)
+        for start in range(0, len(rows), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            target = targets[part]
+            with torch.enable_grad():
+                chunk = rows[part].detach().requires_grad_()
+                scores = at_least_float32(model.logits(chunk))
+                log_probs = scores.log_softmax(dim=-1)
+                cross_entropy = F.nll_loss(log_probs, target, reduction="none")
+                divergence = torch.zeros_like(cross_entropy)
+                if distill > 0:
+                    divergence = _divergence(model, base_hidden, teacher[part], log_probs)
+                loss = (1 - distill) * cross_entropy + distill * divergence
+                weighted = (loss * weights[place[part]]).sum()
+                (grad[part],) = torch.autograd.grad(weighted, chunk)
+            total += weighted.detach()
+            correct = (scores.detach().argmax(dim=-1) == target).float()
+            for line, values in enumerate(
+                (cross_entropy.detach(), divergence.detach(), correct, torch.ones_like(correct))
+            ):
+                statistics[line].index_add_(0, place[part], values.to(statistics.dtype))
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def, override]
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, *([None] * 9)
+
+
+def _divergence(
+    model: MaskModel,
+    base_hidden: torch.Tensor,  # [B*T, H]
+    teacher: torch.Tensor,  # [rows]
+    log_probs: torch.Tensor,  # [rows, V]
+) -> torch.Tensor:
+    """`[rows]`, KL(base || mask) in nats."""
+    with torch.no_grad():
+        distinct, index = teacher.unique(return_inverse=True)
+        base = at_least_float32(model.logits(base_hidden[distinct])).log_softmax(dim=-1)
+        probs = base.exp()
+        negative_entropy = (probs * base).sum(dim=-1)
+    return negative_entropy[index] - (probs[index] * log_probs).sum(dim=-1)

@@ -1,0 +1,267 @@
+"""`bita train`: an adapter from the data that `bita data` made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bita_vllm.training.distributed import Processes
+    from bita_vllm.training.trainer import Trainer
+
+# torch and transformers are imported where they are used: `bita --help` answers at once.
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `train` to the `bita` command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train an adapter",
+        description="Train an adapter for a base model on the model's own answers, as 'bita data' "
+        "writes them. The adapter directory also holds the checkpoint to resume from, and the "
+        "curves (training.csv, training.png).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="base model: directory or hub name")
+    parser.add_argument("--data", required=True, nargs="+", help="files made by 'bita data'")
+    parser.add_argument("--out", required=True, help="adapter directory to write")
+    parser.add_argument("--revision", help="revision of the model on the hub")
+    add = parser.add_argument
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--start-from", metavar="ADAPTER", help="start from this adapter's weights, not afresh")
+
+    shape = parser.add_argument_group("the adapter")
+    shape.add_argument("--mask-tokens", type=int, default=3, metavar="K")
+    shape.add_argument("--prompt-tokens", type=int, default=16, metavar="P")
+    shape.add_argument("--lora-rank", type=int, default=0, help="of the deltas; 0 for none")
+    shape.add_argument("--lora-alpha", type=float, help="the rank if not given: scale 1")
+    shape.add_argument("--lora-targets", help="as in q_proj,v_proj; all linear layers if not given")
+    shape.add_argument("--lora-layers", help="as in 0-14,20; all layers if not given")
+
+    run_group = parser.add_argument_group("the run")
+    number = run_group.add_argument
+    number("--steps", type=int, default=1000)
+    number("--batch-size", type=int, default=4, help="sequences a step")
+    number("--groups", type=int, default=64, help="mask groups a sequence and step")
+    number("--max-length", type=int, default=2048, help="tokens of a sequence that are used")
+    number("--lr", type=float, default=3e-2, help="of mask embeddings and prompt tokens")
+    number("--lora-lr", type=float, default=3e-3, help="of the low-rank deltas")
+    number("--warmup", type=int, default=10, help="steps")
+    number("--weight-decay", type=float, default=0.0)
+    number("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    number("--distill", type=float, default=1.0, help="share of KL to the model's own distribution")
+    number("--mask-decay", type=float, default=1.0, help="weight of a mask against the one before")
+    number("--ema", type=float, default=0.0, help="save averaged weights with this decay")
+    number("--seed", type=int, default=0)
+    number("--time-limit", type=float, metavar="MINUTES", help="save and stop then; see --resume")
+    number("--save-every", type=int, default=100, metavar="STEPS")
+
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the base model; auto: bfloat16 where the device multiplies it fast, else float32",
+    )
+    machine.add_argument("--device", default="auto", help="auto: the GPU if there is one")
+    machine.add_argument("--threads", type=int, help="CPU threads, torch's choice if not given")
+    machine.add_argument(
+        "--checkpoint-activations", action="store_true", help="less memory, slower"
+    )
+    machine.add_argument("--chunk-rows", type=int, default=256, help="rows of logits at a time")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    import torch
+
+    from bita_vllm.adapter import AdapterError
+    from bita_vllm.training.distributed import Processes
+    from bita_vllm.training.samples import DataError
+    from bita_vllm.training.trainer import TrainingError
+
+    processes = Processes.join(choose_device(args.device))
+    try:
+        trainer = make_trainer(args, processes)
+        limit = None if args.time_limit is None else 60 * args.time_limit
+        done = trainer.train(limit, args.save_every)
+    except (AdapterError, DataError, TrainingError) as error:
+        print(f"bita: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"bita: Out of memory ({str(error).splitlines()[0]}); lower --batch-size, --groups or "
+            "--chunk-rows, or add --checkpoint-activations. What was saved can be resumed.",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        processes.leave()
+    if processes.rank > 0:
+        return 0
+    state = "trained" if done else f"stopped at step {trainer.step}; go on with --resume"
+    print(f"{args.out}: {state}. {trainer.curve.summary()}")
+    return 0
+
+
+def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
+    """Everything that can be refused is refused here. Raises AdapterError, DataError and
+    TrainingError."""
+    from dataclasses import fields
+
+    import torch
+
+    from bita_vllm.adapter import AdapterError
+    from bita_vllm.training.base_model import load_tokenizer
+    from bita_vllm.training.distributed import shard_layers
+    from bita_vllm.training.initial import new_model
+    from bita_vllm.training.mask_lora import MaskLora
+    from bita_vllm.training.mask_model import MaskModel
+    from bita_vllm.training.provenance import versions
+    from bita_vllm.training.samples import (
+        check_tokenizer,
+        check_tokens,
+        read_header,
+        read_samples,
+    )
+    from bita_vllm.training.trainer import TrainConfig, Trainer
+
+    check_arguments(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    tokenizer, revision = load_tokenizer(args.model, args.revision)
+    samples = []
+    for path in args.data:
+        part = read_samples(path)
+        check_tokenizer(part, tokenizer, path)
+        samples += part
+    base = load_base(args.model, args.revision, args.device, args.dtype)
+    check_tokens(samples, base.config.get_text_config().vocab_size, args.data[0])
+
+    if args.start_from:
+        model = MaskModel.from_adapter(base, args.start_from)
+        if model.num_masks != args.mask_tokens:
+            raise AdapterError(
+                f"--start-from has {model.num_masks} mask tokens, but --mask-tokens is "
+                f"{args.mask_tokens}; give the same number."
+            )
+    else:
+        text = [token for s in samples[:64] for token in (*s.prompt_ids, *s.answer_ids)]
+        name = args.model if not os.path.isdir(args.model) else os.path.abspath(args.model)
+        model = new_model(base, args.mask_tokens, args.prompt_tokens, args.seed, text, name)
+    if args.lora_rank and model.lora is None:
+        model.add_lora(
+            MaskLora.for_model(
+                base,
+                args.lora_rank,
+                args.lora_alpha,
+                args.lora_targets.split(",") if args.lora_targets else None,
+                parse_layers(args.lora_layers) if args.lora_layers else None,
+                args.seed,
+            )
+        )
+    if args.checkpoint_activations:
+        model.checkpoint_activations()
+    if processes.size > 1:
+        shard_layers(base)
+    config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
+    provenance = {
+        "model": args.model,
+        "revision": revision,
+        "data": [read_header(path) for path in args.data],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+    trainer = Trainer(model, samples, config, args.out, provenance, args.chunk_rows, processes)
+    if args.resume:
+        trainer.resume()
+    elif trainer.checkpoint_path.exists():
+        raise AdapterError(
+            f"{args.out} holds a training run already; go on with it (--resume), or give --out "
+            "another directory."
+        )
+    return trainer
+
+
+def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
+    """The base model on its device. Raises AdapterError if it cannot be had."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bita_vllm.adapter import AdapterError
+
+    device = choose_device(device)
+    chosen = fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=chosen)
+        return base.to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise AdapterError(f"The model {model!r} could not be had: {reason}") from error
+
+
+def choose_device(device: str) -> str:
+    """'auto': the GPU if there is one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fast_dtype(device: str) -> Any:
+    """bfloat16 on GPUs and on CPUs with instructions for it; float32 elsewhere, where bfloat16
+    matrix products are many times slower."""
+    import torch
+
+    if (
+        device != "cpu"
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    ):
+        return torch.bfloat16
+    return torch.float32
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises TrainingError for a value out of range."""
+    from bita_vllm.training.trainer import TrainingError
+
+    bounds = {
+        "steps": (1, None),
+        "batch_size": (1, None),
+        "groups": (1, None),
+        "max_length": (3, None),
+        "lora_rank": (0, None),
+        "warmup": (0, None),
+        "distill": (0, 1),
+        "ema": (0, 0.999999),
+        "save_every": (1, None),
+        "chunk_rows": (1, None),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value < low or (high is not None and value > high):
+            span = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise TrainingError(f"--{name.replace('_', '-')} is {value}, but must be {span}.")
+
+
+def parse_layers(text: str) -> list[int]:
+    """'0-14,20' -> [0, ..., 14, 20]. Raises TrainingError."""
+    from bita_vllm.training.trainer import TrainingError
+
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            layers.update(range(int(first), int(last or first) + 1))
+        except ValueError:
+            raise TrainingError(
+                f"--lora-layers is {text!r}, but must be numbers and ranges such as 0-14,20."
+            ) from None
+    return sorted(layers)

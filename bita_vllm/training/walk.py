@@ -1,0 +1,86 @@
+"""Decoding with a tree, replayed on a known greedy answer: the very steps that the engine takes.
+
+The engine emits the greedy answer whatever the drafts are; drafts only decide how many tokens a step
+emits. So a step is known from the ranks that the answer's tokens have in the mask rows' predictions:
+no model is needed once these are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bita_vllm.tree import Template, TemplateTable
+
+NO_RANK = np.iinfo(np.int32).max  # of a token that lies behind the answer's end
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The steps of one answer after its prefill.
+
+    Attributes:
+        lengths: accepted length of each step; they sum to the answer's tokens less the first.
+        candidates: (mask index, rank of the answer's token) at every node that a walk reached and
+            that had candidates for the token after it.
+    """
+
+    lengths: list[int]
+    candidates: list[tuple[int, int]]
+
+
+class TreeWalker:
+    """Replays answers with one template.
+
+    Same rules as the engine (`StepBlocks.walk`, `StepBlocks.next_blocks`): the step after prefill has
+    no candidates; a walk that stops at a node takes the candidates of the next step from the node's
+    own mask group, and beyond it from what the nearest ancestors' groups said about places ahead.
+    Not replayed: blocks that the scheduler cuts short (end of the context, full token budget).
+    """
+
+    def __init__(self, template: Template) -> None:
+        table = TemplateTable(template)
+        # [line]: (node, rank) -> child; [line][node]: (depth of the group's node, mask index) by depth
+        self._children: list[dict[tuple[int, int], int]] = []
+        self._sources: list[list[list[tuple[int, int]]]] = []
+        for line, num_nodes in enumerate(table.num_nodes.tolist()):
+            parent, rank = table.parent[line].tolist(), table.rank[line].tolist()
+            self._children.append({(parent[row], rank[row]): row for row in range(1, num_nodes)})
+            mask_index, depth = table.mask_index[line], table.depth[line]
+            owner_depth = (
+                depth - mask_index - 1
+            )  # of a mask row: the group hangs one below its node
+            self._sources.append(
+                [
+                    [(int(owner_depth[row]), int(mask_index[row])) for row in rows if row >= 0]
+                    for rows in table.candidate_rows[line, :num_nodes]
+                ]
+            )
+
+    def replay(
+        self,
+        # [n, k] rank of answer token i+2+j in the prediction of mask index j under answer token i
+        ranks: np.ndarray,
+    ) -> Replay:
+        """All steps of an answer of n tokens."""
+        by_place = ranks.tolist()
+        last = len(by_place) - 1
+        root = 0
+        sources: list[tuple[int, int]] = []  # by depth: (answer place of the group, mask index)
+        lengths, candidates = [], []
+        while root < last:
+            children = self._children[len(sources)]
+            node, emitted = 0, 1
+            for place, mask_index in sources:
+                rank = by_place[place][mask_index]
+                candidates.append((mask_index, rank))
+                child = children.get((node, rank))
+                if child is None or root + emitted == last:
+                    break
+                node, emitted = child, emitted + 1
+            next_sources = self._sources[len(sources)][node]
+            sources = [(root + depth, mask_index) for depth, mask_index in next_sources]
+            root += emitted
+            lengths.append(emitted)
+        return Replay(lengths, candidates)

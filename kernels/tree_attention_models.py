@@ -1,0 +1,146 @@
+"""Shipped configurations of `tree_attention`: models that DESIGN names, and the corners of what is supported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .attention_config import ANY_LENGTH, AttentionConfig
+from .checks import TRITON_TYPES
+from .shipped import TARGETS, Shipped
+from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
+
+QUANTISED_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
+# Query heads that one program of `combine_splits_kernel` merges.
+COMBINE_HEADS = 4
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What of a model a launch is compiled for."""
+
+    name: str
+    group: int
+    head_size: int
+    dtype: torch.dtype
+    num_rows: int
+    cache_dtype: torch.dtype | None = None
+    window: int = 0
+    softcap: bool = False
+    sinks: bool = False
+    block_size: int = 16
+    max_seq_len: int = 32768
+
+
+_MODELS = (
+    _Model("Llama-3-8B R4", 4, 128, torch.bfloat16, 4),
+    _Model("Llama-3-8B R16", 4, 128, torch.bfloat16, 16),
+    _Model("Llama-3-8B fp16 R52", 4, 128, torch.float16, 52, max_seq_len=131072),
+    _Model("Llama-3-8B fp8 KV R16", 4, 128, torch.bfloat16, 16, torch.float8_e4m3fn),
+    _Model("SmolLM2-135M R16", 3, 64, torch.bfloat16, 16),
+    _Model("SmolLM2-135M fp32 R16", 3, 64, torch.float32, 16),
+    _Model("Llama-3-8B fp32 R16", 4, 128, torch.float32, 16),
+    _Model("Phi-2 D80 R16", 1, 80, torch.bfloat16, 16),
+    _Model("Phi-3-mini D96 window R16", 1, 96, torch.bfloat16, 16, window=2047),
+    _Model("D192 R16", 4, 192, torch.bfloat16, 16),
+    _Model("Gemma-2-9B D256 softcap window R16", 2, 256, torch.bfloat16, 16, None, 4096, True),
+    _Model("GPT-OSS sinks window R16", 8, 64, torch.bfloat16, 16, None, 128, False, True),
+)
+
+
+def shipped() -> list[Shipped]:
+    """Models that DESIGN names, and the corners of what is supported; splits side by side and in turn."""
+    return [_shipped_kernel(model, parallel) for model in _MODELS for parallel in (False, True)] + [
+        _shipped_combine(model) for model in _MODELS[1:2] + _MODELS[-2:-1]
+    ]
+
+
+def _config(model: _Model) -> AttentionConfig:
+    return AttentionConfig.choose(
+        model.head_size, model.dtype, model.group, model.num_rows, model.max_seq_len
+    )
+
+
+def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
+    config = _config(model)
+    kind = f"*{TRITON_TYPES[model.dtype]}"
+    cache = kind if model.cache_dtype is None else f"*{QUANTISED_TYPES[model.cache_dtype]}"
+    given = {
+        **dict.fromkeys(("q_ptr", "out_ptr", "prompt_keys_ptr", "prompt_values_ptr"), kind),
+        **dict.fromkeys(("k_ptr", "v_ptr"), cache),
+        **dict.fromkeys(("scale", "softcap"), "fp32"),
+    }
+    absent: dict[str, None] = {}
+    optional = (
+        (("k_scale_ptr", "v_scale_ptr"), model.cache_dtype is not None, "*fp32"),
+        (("sinks_ptr",), model.sinks, kind),
+        (("partial_acc_ptr", "partial_stats_ptr"), parallel, "*fp32"),
+    )
+    for names, present, pointer in optional:
+        given |= dict.fromkeys(names, pointer) if present else {}
+        absent |= {} if present else dict.fromkeys(names)
+    constants = {
+        **_shape_constants(model, parallel),
+        "SOFTCAP": model.softcap,
+        "SINKS": model.sinks,
+        "QUANTISED": model.cache_dtype is not None,
+        **absent,
+    }
+    names = tree_attention_kernel.arg_names
+    rest = {
+        name: "*i32" if name.endswith("_ptr") else "i32"
+        for name in names
+        if name not in given and name not in constants
+    }
+    return Shipped(
+        name=f"{model.name} {'splits side by side' if parallel else 'splits in turn'}",
+        kernel=tree_attention_kernel,
+        signature=given | rest,
+        constexprs=constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=tuple(name for name in rest if name.endswith("_stride")),
+        tensor_cores=model.dtype != torch.float32,
+        targets=(90, 100) if cache == "*fp8e4nv" else TARGETS,
+    )
+
+
+def _shape_constants(model: _Model, parallel: bool) -> dict[str, int]:
+    return _config(model).constants(
+        num_kv_heads=8,
+        group=model.group,
+        num_rows=model.num_rows,
+        num_prompt=16,
+        head_size=model.head_size,
+        block_size=model.block_size,
+        window=model.window,
+        parallel=parallel,
+        min_queries=1,
+        max_queries=model.num_rows if parallel else ANY_LENGTH,
+    )
+
+
+def _shipped_combine(model: _Model) -> Shipped:
+    config = _config(model)
+    pointers = {
+        "out_ptr": f"*{TRITON_TYPES[model.dtype]}",
+        **dict.fromkeys(("query_start_ptr", "seq_len_ptr"), "*i32"),
+        **dict.fromkeys(("partial_acc_ptr", "partial_stats_ptr"), "*fp32"),
+    }
+    integers = ("out_row_stride", "out_head_stride", "num_partial_rows", "stats_size")
+    return Shipped(
+        name=f"{model.name} combine",
+        kernel=combine_splits_kernel,
+        signature=pointers | dict.fromkeys(integers, "i32"),
+        constexprs={
+            "NUM_HEADS": 8 * model.group,
+            "BLOCK_HEADS": COMBINE_HEADS,
+            "NUM_ROWS": model.num_rows,
+            "HEAD_SIZE": model.head_size,
+            "BLOCK_D": triton.next_power_of_2(model.head_size),
+            "SPLIT": config.split,
+        },
+        divisible=("out_row_stride", "out_head_stride"),
+    )

@@ -1,0 +1,197 @@
+"""Looking into a runner of this process, and putting known tokens into its blocks.
+
+Both runners: vLLM's CPU runner, and the V2 runner when the tests run with `--runner gpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from e2e.engines import ON_GPU_RUNNER
+from vllm import RequestOutput
+
+from bita_vllm.tree import TemplateTable
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One request in one step.
+
+    Attributes:
+        request: vLLM's request id.
+        line: depths that the block had candidates for, -1 without a block.
+        path: rows of the block that were taken, root first.
+        tokens: emitted by the walk, before a stop or max_tokens cuts them.
+    """
+
+    request: str
+    line: int
+    path: list[int]
+    tokens: list[int]
+
+
+@contextmanager
+def recorded_steps() -> Iterator[list[StepRecord]]:
+    """What every walk of this process finds, step by step."""
+    steps: list[StepRecord] = []
+    with pytest.MonkeyPatch.context() as patch:
+        (_record_gpu if ON_GPU_RUNNER else _record_cpu)(patch, steps)
+        yield steps
+
+
+def _record_cpu(patch: pytest.MonkeyPatch, steps: list[StepRecord]) -> None:
+    from bita_vllm.runner.cpu import BitaCPUModelRunner
+
+    sample = BitaCPUModelRunner._sample
+
+    def recording(self: BitaCPUModelRunner, *args: Any) -> Any:
+        output = sample(self, *args)
+        walk, lines = self._walk, self._blocks.line.tolist()
+        _append(steps, self.input_batch.req_ids, lines, walk.path, walk.tokens, walk.num_emitted)
+        return output
+
+    patch.setattr(BitaCPUModelRunner, "_sample", recording)
+
+
+def _record_gpu(patch: pytest.MonkeyPatch, steps: list[StepRecord]) -> None:
+    from bita_vllm.runner.gpu import BitaGPUModelRunner
+
+    sample = BitaGPUModelRunner.sample
+
+    def recording(self: BitaGPUModelRunner, hidden_states: Any, batch: Any, grammar: Any) -> Any:
+        output = sample(self, hidden_states, batch, grammar)
+        trees, counts = self.model_state.trees, output[1].numpy()
+        tokens = output[0].sampled_token_ids.numpy()
+        _append(steps, batch.req_ids, trees.line.tolist(), trees.path.numpy(), tokens, counts)
+        return output
+
+    patch.setattr(BitaGPUModelRunner, "sample", recording)
+
+
+def _append(
+    steps: list[StepRecord],
+    requests: list[str],
+    lines: list[int],
+    path: np.ndarray,
+    tokens: np.ndarray,
+    num_emitted: np.ndarray,
+) -> None:
+    for i, request in enumerate(requests):
+        n = int(num_emitted[i])
+        if n:
+            taken = path[i, :n].tolist() if lines[i] >= 0 else [0]
+            steps.append(StepRecord(request, lines[i], taken, tokens[i, :n].tolist()))
+
+
+# Prompt and output so far of one request -> what is known to follow (may be short or empty)
+Continuation = Callable[[list[int], list[int]], list[int]]
+
+
+def known(outputs: Iterable[RequestOutput]) -> Continuation:
+    """The continuation that finished `outputs` hold."""
+    by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
+    for output in outputs:
+        tokens = by_prompt.setdefault(tuple(output.prompt_token_ids), [])
+        tokens += [list(completion.token_ids) for completion in output.outputs]
+
+    def continuation(prompt: list[int], so_far: list[int]) -> list[int]:
+        n = len(so_far)
+        fits = [o for o in by_prompt.get(tuple(prompt), ()) if o[:n] == so_far]
+        return max(fits, key=len, default=so_far)[n:]
+
+    return continuation
+
+
+@contextmanager
+def oracle(continuation: Continuation) -> Iterator[None]:
+    """Candidates from a known continuation instead of the mask rows' logits, wrong ones elsewhere.
+
+    The known tokens lie along the path to one random node of each block, so that walks end at every
+    node of the template, of any rank and depth. All else (which depths have candidates, the block's
+    rows, verification, KV moves) is the runner's.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        (_oracle_gpu if ON_GPU_RUNNER else _oracle_cpu)(patch, continuation)
+        yield
+
+
+def _candidates(
+    rng: np.random.Generator,
+    table: TemplateTable,
+    line: int,
+    vocab_size: int,
+    # what follows the block's root
+    follows: list[int],
+) -> np.ndarray:
+    """`[line, max_rank]` candidates: the known tokens on the path to a random node, else wrong ones."""
+    candidates = rng.integers(0, vocab_size, size=(line, table.template.max_rank))
+    path, row = [], int(rng.integers(0, table.num_nodes[line]))
+    while row > 0:
+        path.append(int(table.rank[line, row]))
+        row = int(table.parent[line, row])
+    for depth, rank in enumerate(reversed(path)):
+        if depth < len(follows):
+            truth, wrong = follows[depth], candidates[depth]
+            wrong[wrong == truth] = (truth + 1) % vocab_size
+            wrong[rank] = truth
+    return candidates
+
+
+def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
+    from bita_vllm.runner.blocks import NextBlocks
+    from bita_vllm.runner.cpu import BitaCPUModelRunner
+
+    rng = np.random.default_rng(0)
+    runners: list[BitaCPUModelRunner] = []
+    propose, fill = BitaCPUModelRunner.propose_draft_token_ids, NextBlocks.fill
+
+    def proposing(self: BitaCPUModelRunner, *args: Any) -> Any:
+        runners[:] = [self]
+        return propose(self, *args)
+
+    def filling(
+        self: NextBlocks, table: TemplateTable, top_tokens: np.ndarray, first_mask_id: int
+    ) -> Any:
+        (runner,) = runners
+        candidates = []
+        for request, line in zip(runner.input_batch.req_ids, self.line.tolist(), strict=True):
+            state = runner.requests[request]
+            follows = continuation(list(state.prompt_token_ids), list(state.output_token_ids))
+            candidates.append(_candidates(rng, table, line, first_mask_id, follows))
+        return fill(self, table, np.concatenate(candidates), first_mask_id)
+
+    patch.setattr(BitaCPUModelRunner, "propose_draft_token_ids", proposing)
+    patch.setattr(NextBlocks, "fill", filling)
+
+
+def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
+    from bita_vllm.runner.gpu import BitaGPUModelRunner
+
+    rng = np.random.default_rng(0)
+    sample = BitaGPUModelRunner.sample
+
+    def sampling(self: BitaGPUModelRunner, hidden_states: Any, batch: Any, grammar: Any) -> Any:
+        output = sample(self, hidden_states, batch, grammar)
+        table, states = TemplateTable(self.settings.template), self.req_states
+        emitted, counts = output[0].sampled_token_ids, output[1]
+        for i, slot in enumerate(batch.idx_mapping.tolist()):
+            line = int(self.model_state.trees.line_of_slot[slot])
+            prompt_len, total = int(states.prompt_len.np[slot]), int(states.total_len.gpu[slot])
+            tokens = states.all_token_ids.gpu[slot, :total].tolist()
+            so_far = tokens[prompt_len:] + emitted[i, : int(counts[i])].tolist()
+            follows = continuation(tokens[:prompt_len], so_far)
+            candidates = _candidates(rng, table, line, self.vocab_size, follows)
+            depth, rank = table.depth[line, 1:], table.rank[line, 1:]
+            node = rank >= 0
+            self.speculator.draft_tokens[i, torch.from_numpy(node)] = torch.from_numpy(
+                candidates[depth[node] - 1, rank[node]]
+            )
+        return output
+
+    patch.setattr(BitaGPUModelRunner, "sample", sampling)

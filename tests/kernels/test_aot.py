@@ -1,0 +1,107 @@
+"""Every shipped configuration, compiled for sm_80, sm_90 and sm_100 without a GPU.
+
+In a process of its own: this one has imported the kernels for the interpreter. Triton's cache makes a
+second run a matter of seconds.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from ast import literal_eval
+from pathlib import Path
+
+import pytest
+from bita_kernels.aot import LIMITS, occupancy
+from bita_kernels.shipped import TARGETS
+
+FORCED_SPILL = """
+import triton
+from bita_kernels.aot import GPUTarget, read_cubin
+from bita_kernels.build_block import shipped
+from triton.compiler import ASTSource
+this = shipped()[0]
+signature = {name: this.signature.get(name, "constexpr") for name in this.kernel.arg_names}
+source = ASTSource(this.kernel, signature, dict(this.constexprs))
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"maxnreg": 40})
+print(read_cubin(compiled.asm["cubin"], look_for_tensor_cores=False))
+"""
+
+
+def run_without_interpreter(*arguments: str | Path) -> str:
+    """Run Python, return what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Rows of the table, as the command writes them."""
+    path = tmp_path_factory.mktemp("aot") / "kernels.csv"
+    print(run_without_interpreter("-m", "bita_kernels.aot", "--csv", path))
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def offenders(rows, is_bad):
+    return [f"{r['kernel']} {r['configuration']} sm_{r['sm']}" for r in rows if is_bad(r)]
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    seen = {(row["kernel"], int(row["sm"])) for row in compiled}
+    kernels = {"tree_attention", "accept_tree", "build_block", "move_kv"}
+    assert seen == {(kernel, sm) for kernel in kernels for sm in TARGETS}
+
+
+@pytest.mark.slow
+def test_nothing_spills(compiled):
+    assert not offenders(compiled, lambda row: int(row["spills"]) > 0)
+
+
+@pytest.mark.slow
+def test_shared_memory_stays_below_the_limit_of_the_target(compiled):
+    def too_much(row):
+        return int(row["shared"]) > LIMITS[int(row["sm"])].shared_per_block
+
+    assert not offenders(compiled, too_much)
+    assert not offenders(compiled, lambda row: float(row["occupancy"]) <= 0)
+
+
+@pytest.mark.slow
+def test_attention_runs_on_tensor_cores(compiled):
+    needs = [row for row in compiled if row["needs_tensor_cores"] == "True"]
+    assert {row["kernel"] for row in needs} == {"tree_attention"}
+    assert not offenders(needs, lambda row: not row["tensor_core"])
+
+
+@pytest.mark.slow
+def test_a_kernel_with_too_few_registers_is_seen_to_spill():
+    registers, spills, _ = literal_eval(run_without_interpreter("-c", FORCED_SPILL))
+    assert registers == 40 and spills > 0
+
+
+def test_compiling_in_the_interpreter_says_what_to_do():
+    from bita_kernels.accept_tree import shipped
+    from bita_kernels.aot import compile_one
+
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compile_one("accept_tree", shipped()[0], 90)
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "expected"),
+    [
+        (4, 32, 0, 1.0),  # 64 warps x 32 threads x 32 registers = all there are
+        (4, 128, 0, 0.25),  # registers for 16 of 64 warps
+        (4, 33, 0, 48 / 64),  # handed out by 8 a thread: 40, so 12 blocks
+        (8, 64, 100 * 1024, 16 / 64),  # shared memory for two blocks
+        (1, 16, 0, 0.5),  # 32 blocks of one warp
+    ],
+)
+def test_occupancy_of_known_cases(warps, registers, shared, expected):
+    assert occupancy(LIMITS[90], warps, registers, shared) == pytest.approx(expected)

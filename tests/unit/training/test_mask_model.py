@@ -1,0 +1,209 @@
+"""MaskModel computes what the plain full-mask formulation computes: loss and gradients, in fp64."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import naive_training
+import pytest
+import torch
+from tiny_models import ARCHITECTURES
+from transformers import AutoModelForCausalLM
+
+from bita_vllm.adapter import AdapterError, ModelShape, random_adapter
+from bita_vllm.training import mask_attention
+from bita_vllm.training.batches import IGNORED, MaskBatch
+from bita_vllm.training.loss import mask_loss
+from bita_vllm.training.mask_lora import MaskLora
+from bita_vllm.training.mask_model import MaskModel
+
+K, LENGTH = 3, 48
+
+
+@pytest.fixture
+def tiny(tiny_model):
+    """Architecture -> a fresh fp64 base model."""
+
+    def make(architecture, **overrides):
+        folder = tiny_model(architecture, **overrides)
+        # Mixtral's default way to run its experts has no fp64.
+        options = {"experts_implementation": "eager"} if architecture == "mixtral" else {}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
+
+    return make
+
+
+def make_model(base, *, rank=0, targets=None, layers=None, prompt_tokens=5):
+    """A MaskModel with random weights everywhere, the deltas' B too."""
+    shape = ModelShape.from_hf_config(base.config)
+    adapter = random_adapter(
+        shape, K, prompt_tokens, 1, embedding_std=0.3, prompt_std=0.5, dtype=torch.float64
+    )
+    lora = None
+    if rank:
+        lora = MaskLora.for_model(base, rank, alpha=2.0 * rank, targets=targets, layers=layers)
+        lora = lora.double()
+        generator = torch.Generator().manual_seed(2)
+        for b in lora.lora_b:
+            b.data = 0.05 * torch.randn(b.shape, generator=generator, dtype=torch.float64)
+    return MaskModel.from_adapter(base, adapter, lora)
+
+
+def make_case(seed=3, num_groups=7):
+    """Two sequences, groups at random places, some targets missing."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 500, (2, LENGTH), generator=generator)
+    roots = torch.stack([torch.randperm(LENGTH - 2, generator=generator) for _ in range(2)])
+    roots = roots[:, :num_groups]
+    wanted = roots[..., None] + 2 + torch.arange(K)
+    targets = ids.gather(1, wanted.clamp(max=LENGTH - 1).flatten(1)).view(wanted.shape)
+    targets[wanted >= LENGTH] = IGNORED
+    targets[0, 2] = IGNORED
+    return MaskBatch(ids, roots, targets)
+
+
+def naive_weights(model):
+    """Leaf copies of the model's parameters."""
+    leaf = lambda p: p.detach().clone().requires_grad_()  # noqa: E731
+    lora = model.lora
+    return naive_training.Weights(
+        leaf(model.mask_embeddings),
+        leaf(model.prompt_keys),
+        leaf(model.prompt_values),
+        {
+            name: (leaf(a), leaf(b), lora.alpha / lora.rank)
+            for name, a, b in zip(lora.module_names, lora.lora_a, lora.lora_b, strict=True)
+        }
+        if lora
+        else {},
+    )
+
+
+def pairs(model, weights):
+    """(name, trained parameter, naive leaf) of every parameter."""
+    yield "mask_embeddings", model.mask_embeddings, weights.mask_embeddings
+    yield "prompt_keys", model.prompt_keys, weights.prompt_keys
+    yield "prompt_values", model.prompt_values, weights.prompt_values
+    if model.lora:
+        for name, a, b in zip(
+            model.lora.module_names, model.lora.lora_a, model.lora.lora_b, strict=True
+        ):
+            yield f"{name} A", a, weights.deltas[name][0]
+            yield f"{name} B", b, weights.deltas[name][1]
+
+
+def check_equal_to_naive(tiny, architecture, *, distill=0.5, checkpointing=False, **options):
+    base = tiny(architecture)
+    twin = deepcopy(base)
+    model = make_model(base, **options)
+    if checkpointing:
+        model.checkpoint_activations()
+    batch, row_weights = make_case(), torch.tensor([1.0, 0.8, 0.5], dtype=torch.float64)
+
+    weights = naive_weights(model)
+    token_logits, mask_logits = naive_training.logits(twin, weights, batch.input_ids, batch.roots)
+    expected = naive_training.loss(
+        token_logits, mask_logits, batch.roots, batch.targets, row_weights, distill
+    )
+    expected.backward()
+
+    context = model.context(batch.input_ids)
+    torch.testing.assert_close(model.logits(context.hidden), token_logits, rtol=0, atol=1e-9)
+    hidden = model.mask_hidden(context, batch.roots)
+    torch.testing.assert_close(model.logits(hidden), mask_logits, rtol=0, atol=1e-9)
+    count = (batch.targets != IGNORED).sum(dim=(0, 1))
+    result = mask_loss(
+        model, context, hidden, batch, row_weights, float((count * row_weights).sum()), distill, 10
+    )
+    result.loss.backward()
+    assert abs(float(result.loss - expected)) < 1e-10
+    for name, mine, naive in pairs(model, weights):
+        assert naive.grad.abs().max() > 1e-7, f"{name}: a test of zero against zero"
+        torch.testing.assert_close(mine.grad, naive.grad, rtol=1e-7, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_equal_the_full_mask_formulation(tiny, architecture):
+    check_equal_to_naive(tiny, architecture, rank=4)
+
+
+@pytest.mark.parametrize("distill", [0.0, 1.0])
+def test_each_part_of_the_loss_equals_the_full_mask_formulation(tiny, distill):
+    check_equal_to_naive(tiny, "llama", distill=distill)
+
+
+@pytest.mark.parametrize("tile_rows", [3, 7, 12])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_tiles_of_any_size_give_the_same(tiny, monkeypatch, architecture, tile_rows):
+    monkeypatch.setattr(mask_attention, "TILE_ROWS", tile_rows)
+    check_equal_to_naive(tiny, architecture)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
+    """Forward only, uncompiled: on a CPU FlexAttention has no more to offer."""
+    model, batch = make_model(tiny(architecture)), make_case()
+    context = model.context(batch.input_ids)
+    with torch.no_grad():
+        expected = model.mask_hidden(context, batch.roots)
+        monkeypatch.setattr(mask_attention, "use_flex", lambda query: True)
+        hidden = model.mask_hidden(context, batch.roots)
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-9)
+
+
+def test_without_prompt_tokens(tiny):
+    base = tiny("llama")
+    twin = deepcopy(base)
+    model, batch = make_model(base, prompt_tokens=0), make_case()
+    _, expected = naive_training.logits(twin, naive_weights(model), batch.input_ids, batch.roots)
+    logits = model.mask_logits(model.context(batch.input_ids), batch.roots)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_checkpointed_activations_give_the_same_gradients(tiny):
+    check_equal_to_naive(tiny, "llama", rank=4, checkpointing=True)
+
+
+def test_deltas_on_some_layers_and_modules(tiny):
+    check_equal_to_naive(tiny, "qwen3", rank=2, targets=["o_proj", "down_proj"], layers=[1, 2])
+
+
+def test_ordinary_tokens_see_nothing_of_the_adapter(tiny):
+    base = tiny("llama")
+    batch = make_case()
+    with torch.no_grad():
+        expected = base(input_ids=batch.input_ids).logits
+    model = make_model(base, rank=4)
+    model.mask_hidden(model.context(batch.input_ids), batch.roots)
+    logits = model.logits(model.context(batch.input_ids).hidden)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_padding_is_never_seen(tiny):
+    model, batch = make_model(tiny("llama")), make_case()
+    padded = torch.nn.functional.pad(batch.input_ids, (0, 9), value=7)
+    expected = model.mask_hidden(model.context(batch.input_ids), batch.roots)
+    hidden = model.mask_hidden(model.context(padded), batch.roots)
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
+
+
+def test_a_base_whose_head_does_more_is_refused(tiny):
+    base = tiny("llama")
+    base.lm_head.register_forward_hook(lambda module, args, output: output * 1.0)
+    forward = base.forward
+    base.forward = lambda **kw: SimpleNamespace(logits=forward(**kw).logits * 2)
+    with pytest.raises(AdapterError, match=r"LlamaForCausalLM is not supported .* off"):
+        make_model(base)
+
+
+def test_a_base_carries_one_mask_model(tiny):
+    base = tiny("llama")
+    make_model(base)
+    with pytest.raises(AdapterError, match="load it once more"):
+        make_model(base)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny):
+    shape = ModelShape.from_hf_config(tiny("llama").config)
+    adapter = random_adapter(shape, K, 4, 0)
+    with pytest.raises(AdapterError, match="num_layers is 3 in the adapter but 2 in the model"):
+        MaskModel.from_adapter(tiny("llama", num_hidden_layers=2), adapter)
