@@ -12,6 +12,9 @@ import pytest
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+
+from bita_vllm import config as bita_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,3 +88,26 @@ def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
     if drafts == "oracle":
         assert max(lengths) == 3
         assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_gpu_takes_the_v2_runner_and_may_schedule_ahead(case, monkeypatch, asynchronous):
+    model, adapter, _ = case
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    speculative = {"method": "bita", "model": str(adapter), "tree": "3,2"}
+    config = EngineArgs(
+        str(model),
+        max_model_len=128,
+        speculative_config=speculative,
+        async_scheduling=asynchronous,
+    ).create_engine_config()
+    assert config.parallel_config.worker_cls == bita_config.GPU_WORKER_CLS
+    assert config.use_v2_model_runner
+    assert config.attention_config.backend.name == "TRITON_ATTN"
+    # vLLM's CPU platform turned it off again, behind the check that the method allows it.
+    config.scheduler_config.async_scheduling = asynchronous
+    bita_config.check_engine(config, bita_config.get_settings(config))
+    scheduler = config.scheduler_config.get_scheduler_cls().__name__
+    assert scheduler == ("BitaAsyncScheduler" if asynchronous else "BitaScheduler")
+    assert not config.speculative_config.use_ngram()
+    assert not config.speculative_config.use_ngram_gpu()

@@ -343,3 +343,20 @@ def test_request_that_bita_serves_is_let_through(make, params):
 def test_structured_output_request_is_refused(make):
     with pytest.raises(VLLMValidationError, match="Structured output"):
         verify(make, structured_outputs=StructuredOutputsParams(regex="a+"))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As on a CUDA GPU, for what config.py decides."""
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+
+def test_gpu_refuses_the_v1_runner(make, on_gpu, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert "VLLM_USE_V2_MODEL_RUNNER=0 is set" in refused(make)
+
+
+def test_gpu_refuses_another_attention_backend(make, on_gpu):
+    message = refused(lambda: make(attention_backend="FLASH_ATTN"))
+    assert "FLASH_ATTN" in message and "leave it out" in message
