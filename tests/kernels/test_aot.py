@@ -105,3 +105,12 @@ def test_compiling_in_the_interpreter_says_what_to_do():
 )
 def test_occupancy_of_known_cases(warps, registers, shared, expected):
     assert occupancy(LIMITS[90], warps, registers, shared) == pytest.approx(expected)
+
+
+def test_kernels_import_nothing_but_torch_and_triton():
+    """Of all that could be installed beside them."""
+    program = (
+        "import sys, bita_kernels.tree_attention, bita_kernels.aot; "
+        "print([m for m in ('vllm', 'transformers', 'bita_vllm', 'safetensors') if m in sys.modules])"
+    )
+    assert run_without_interpreter("-c", program).strip() == "[]"

@@ -12,7 +12,7 @@ from bita_kernels.tree_attention_naive import tree_attention_naive
 from bita_kernels.tree_table import TreeTable
 from random_trees import int32, random_template
 
-from bita_vllm.tree import TemplateTable
+from bita_vllm.tree import Template, TemplateTable
 
 NAN = float("nan")
 CASES = 500
@@ -29,7 +29,7 @@ class Case:
     def random(cls, seed: int, **fixed) -> "Case":
         rng = np.random.default_rng(seed)
         pick = lambda name, *choices: fixed.get(name, choices[rng.integers(len(choices))])  # noqa: E731
-        table = TemplateTable(random_template(rng))
+        table = TemplateTable(fixed.get("template") or random_template(rng))
         num_requests = int(rng.integers(1, 4))
         line = rng.integers(-1, len(table.num_rows), num_requests)
         whole = np.where(line >= 0, table.num_rows[line], rng.integers(1, 12, num_requests))
@@ -180,6 +180,21 @@ def test_half_precision(dtype):
         worst = max(worst, error(case.run(seed % 2 == 0), case.naive()))
     print(f"{dtype}: worst relative error {worst:.1e}")
     assert worst < 1e-2
+
+
+@pytest.mark.parametrize("block_size", [256, 784])
+def test_largest_block_and_cache_blocks(block_size):
+    """R = 253, eight words of ancestor bits; cache blocks longer than a tile and no power of two."""
+    nodes = [(row // 4, row % 4) for row in range(60)]
+    groups = dict.fromkeys(range(61), 3) | dict.fromkeys((0, 1, 2, 3), 5)
+    template = Template.build([*nodes, (60, 0)], groups)
+    assert template.num_rows > 250
+    case = Case.random(
+        1, template=template, block_size=block_size, context=900, group=1, heads=1, head_size=16
+    )
+    case.arguments["line"].fill_(template.max_depth)
+    config = replace(case.config(), block_n=128, split=512)
+    assert error(case.run(parallel=True, config=config), case.naive()) < 1e-5
 
 
 def test_fp8_kv_cache():
