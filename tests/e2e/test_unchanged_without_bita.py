@@ -15,7 +15,7 @@ ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
 MEMORY_LIMIT = 64 << 20
 
 # What may be loaded in a process that does not ask for bita: the entry point and what it checks.
-PLUGIN_MODULES = {"bita_vllm", "bita_vllm.plugin", "bita_vllm.patches"}
+PLUGIN_MODULES = {"bita_vllm", "bita_vllm.plugin", "bita_vllm.patches", "bita_vllm.hooks"}
 
 # Run as a script of its own: a plain engine, or one with bita; prints one line of JSON.
 PROBE = """
