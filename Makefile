@@ -25,7 +25,7 @@ serve: model
 
 # Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process.
 test: venv
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/kernels $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS)
 	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
 	$(BIN)/pytest -n 2 --dist load --runner gpu tests/e2e/test_gpu_runner.py $(ARGS)
 

@@ -1,6 +1,7 @@
 """Models for the tests, made once a session: `embedded_model` and `tiny_model(architecture)`."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
         import v2_on_cpu
 
         v2_on_cpu.install()
+
+
+@pytest.fixture(autouse=True)
+def same_environment_after() -> Iterator[None]:
+    """What a test sets (`bita` itself turns vLLM's log down) does not reach the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

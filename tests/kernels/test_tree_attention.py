@@ -81,7 +81,7 @@ class Case:
         quantised = cache_dtype != dtype
         options = {
             "scale": head_size**-0.5,
-            "window": pick("window", 0, 0, 7, 33),
+            "window": pick("window", 0, 0, 2, 7, 33),
             "softcap": pick("softcap", 0.0, 0.0, 5.0),
             "sinks": pick("sinks", None, None, torch.from_numpy(rng.standard_normal(num_heads))),
             "k_scale": torch.tensor(1.5) if quantised else None,
