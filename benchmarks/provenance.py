@@ -2,10 +2,10 @@
 
 import os
 import platform
-import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from bita_vllm.training.provenance import git_sha, package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,19 +26,6 @@ def provenance() -> dict[str, str | int]:
     }
 
 
-def git_sha() -> str:
-    """The checked-out commit; 'unknown' outside a git checkout."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def cpu_name() -> str:
     """Model name and generation: hypervisors often hide the model, as in 'AMD EPYC'."""
     fields: dict[str, str] = {}
@@ -52,16 +39,6 @@ def cpu_name() -> str:
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']} model {fields['model']})"
     return name
-
-
-def package_version(*names: str) -> str:
-    """Version of the first distribution that is installed."""
-    for name in names:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "not installed"
 
 
 def preloaded() -> list[str]:

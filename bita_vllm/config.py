@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
@@ -225,11 +224,11 @@ def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tupl
         acceptance = None if statistics is None else statistics.get("rank_probability", ())
         return tree, best_template(num_rows, adapter.num_mask_tokens, acceptance)
 
-    template = _explicit_template(tree, adapter.num_mask_tokens)
-    if template.num_masks > adapter.num_mask_tokens:
+    template = Template.from_text(tree, adapter.num_mask_tokens)
+    if template is None:
         raise ConfigError(
-            f"Tree {tree!r} has a mask group of {template.num_masks} rows, but the adapter has "
-            f"{adapter.num_mask_tokens} mask tokens; use shorter groups."
+            f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths such as '5,4,3', "
+            "nor an existing template file."
         )
     if budget is not None and budget < template.num_rows - 1:
         raise ConfigError(
@@ -237,18 +236,6 @@ def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tupl
             "(its rows less the root); raise it, leave it out, or give a smaller tree."
         )
     return tree, template
-
-
-def _explicit_template(tree: str, num_masks: int) -> Template:
-    widths = [part.strip() for part in tree.split(",")]
-    if all(part.isdigit() for part in widths):
-        return Template.from_widths([int(part) for part in widths], num_masks)
-    if Path(tree).is_file():
-        return Template.load(tree)
-    raise ConfigError(
-        f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths such as '5,4,3', "
-        "nor an existing template file."
-    )
 
 
 def on_gpu() -> bool:

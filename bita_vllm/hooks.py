@@ -218,6 +218,11 @@ GPU_OVERRIDES = (
         "output_block_scale=)",
     ),
     Hook(
+        f"{_TRITON_ATTENTION}:TritonAttentionImpl.fused_output_quant_supported",
+        "tree attention does not quantise its output",
+        "(self, quant_key)",
+    ),
+    Hook(
         f"{_TRITON_ATTENTION}:TritonAttentionImpl.do_kv_cache_update",
         "layout of the KV cache",
         "(self, layer, key, value, kv_cache, slot_mapping)",

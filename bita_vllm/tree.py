@@ -147,6 +147,27 @@ class Template:
             depth[row] = depth[self.parent[row]] + 1
         return depth
 
+    @classmethod
+    def from_text(cls, text: str, num_masks: int) -> Template | None:
+        """Widths such as '5,4,3', or a template file, for an adapter with k = `num_masks`; None if it is neither.
+
+        Raises:
+            TemplateError: the template is malformed, or has longer mask groups than the adapter has masks.
+        """
+        widths = [part.strip() for part in text.split(",")]
+        if all(part.isdigit() for part in widths):
+            template = cls.from_widths([int(part) for part in widths], num_masks)
+        elif Path(text).is_file():
+            template = cls.load(text)
+        else:
+            return None
+        if template.num_masks > num_masks:
+            raise TemplateError(
+                f"Tree {text!r} has a mask group of {template.num_masks} rows, but the adapter has "
+                f"{num_masks} mask tokens; use shorter groups."
+            )
+        return template
+
     @cached_property
     def max_depth(self) -> int:
         """Deepest draft node."""

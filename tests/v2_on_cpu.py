@@ -61,7 +61,8 @@ def __getattr__(name: str) -> type:
     from vllm.v1.worker.cpu import model_runner as cpu_v2
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from bita_vllm.runner.gpu import BitaGPUModelRunner, replaced
+    from bita_vllm.runner.gpu import BitaGPUModelRunner
+    from bita_vllm.runner.loading import replaced
 
     class Runner(BitaGPUModelRunner, cpu_v2.CPUModelRunner):
         attention_backend = AttentionBackendEnum.CPU_ATTN

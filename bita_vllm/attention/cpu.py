@@ -155,9 +155,22 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """One layer: causal rows through the stock kernel, step blocks through tree attention."""
 
+    takes_sinks = False
     # Set once after loading: [Hkv, D, P] and [Hkv, P, D], fp32
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor
+
+    def set_prompt_tokens(
+        self,
+        # [P, Hkv, D] fp32
+        keys: torch.Tensor,
+        # [P, Hkv, D] fp32
+        values: torch.Tensor,
+    ) -> int:
+        """Keep the layer's prompt tokens as the matmuls read them; returns their bytes."""
+        self.prompt_keys = keys.permute(1, 2, 0).contiguous()
+        self.prompt_values = values.transpose(0, 1).contiguous()
+        return self.prompt_keys.nbytes + self.prompt_values.nbytes
 
     def forward(
         self,

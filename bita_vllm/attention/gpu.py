@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.tree_attention import Workspace, tree_attention
+from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -51,6 +52,7 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
 class TreeTritonAttentionImpl(TritonAttentionImpl):
     """One layer: stock for steps without blocks, tree attention for the others."""
 
+    takes_sinks = True
     # [P, Hkv, D] each, in the model's dtype
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor
@@ -64,13 +66,14 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         keys: torch.Tensor,
         # [P, Hkv, D]
         values: torch.Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> int:
-        """Keep the layer's prompt tokens on the device; returns their bytes."""
-        self.prompt_keys = keys.to(device, dtype).contiguous()
-        self.prompt_values = values.to(device, dtype).contiguous()
+        """Keep the layer's prompt tokens; returns their bytes."""
+        self.prompt_keys, self.prompt_values = keys.contiguous(), values.contiguous()
         return self.prompt_keys.nbytes + self.prompt_values.nbytes
+
+    def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
+        """Tree attention writes the model's dtype; vLLM quantises the output in an operation of its own."""
+        return False
 
     def forward(
         self,

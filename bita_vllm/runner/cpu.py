@@ -10,28 +10,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.config import VllmConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from bita_vllm.adapter import Adapter, ModelShape
-from bita_vllm.attention.cpu import TreeCPUAttentionImpl, TreeMetadata, move_rows
+from bita_vllm.attention.cpu import (
+    TreeCPUAttentionBackend,
+    TreeCPUAttentionImpl,
+    TreeMetadata,
+    move_rows,
+)
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks, Walk
-from bita_vllm.runner.embedding import insert_mask_embedding
+from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets
 from bita_vllm.tree import TemplateTable
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-
-logger = init_logger("vllm.bita")
 
 # Up to here one pass over the output head for node and mask rows costs less than two with fewer rows:
 # measured on SmolLM2's head (49152 x 576, fp32, one core): 4 rows 12 ms against 10 + 9, 16 rows 29
@@ -43,12 +40,8 @@ class BitaCPUWorker(cpu_worker.CPUWorker):
     """vLLM's CPU worker with our runner in it."""
 
     def init_device(self) -> None:
-        stock = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = BitaCPUModelRunner
-        try:
+        with replaced(cpu_worker, "CPUModelRunner", BitaCPUModelRunner):
             super().init_device()
-        finally:
-            cpu_worker.CPUModelRunner = stock
 
 
 class BitaCPUModelRunner(CPUModelRunner):
@@ -59,12 +52,9 @@ class BitaCPUModelRunner(CPUModelRunner):
         assert settings is not None
         # Built as a plain runner: no drafter, and all of vLLM's logits processors, which
         # build_logitsprocs leaves out when it sees a speculative config.
-        speculative_config, vllm_config.speculative_config = vllm_config.speculative_config, None
-        try:
+        with replaced(vllm_config, "speculative_config", None):
             super().__init__(vllm_config, device)
-        finally:
-            vllm_config.speculative_config = speculative_config
-        self.speculative_config = speculative_config
+        self.speculative_config = vllm_config.speculative_config
         self.drafter = DrafterSeat(vllm_config)
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
@@ -73,52 +63,26 @@ class BitaCPUModelRunner(CPUModelRunner):
         self._lines: dict[str, int] = {}
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None
-        self._logits_rows = np.zeros(0, dtype=np.int64)
         self._mask_logits = torch.zeros(0)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
-        backend = f"{TreeCPUAttentionImpl.__module__}.TreeCPUAttentionBackend"
-        register_backend(AttentionBackendEnum.CPU_ATTN, backend)
-        _cached_get_attn_backend.cache_clear()
-        try:
+        with attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend):
             super().load_model(load_dummy_weights)
-        finally:
-            AttentionBackendEnum.CPU_ATTN.clear_override()
-            _cached_get_attn_backend.cache_clear()
-        adapter = Adapter.load(
-            self.settings.adapter_dir, ModelShape.from_hf_config(self.model_config.hf_text_config)
-        )
-        insert_mask_embedding(self.model, adapter.mask_embeddings, self.vocab_size)
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        added = 0
-        for name, layer in layers.items():
-            _refuse_layer(name, layer)
-            index = extract_layer_index(name)
-            # [P, Hkv, D] -> [Hkv, D, P] and [Hkv, P, D], in the precision that tree attention computes in
-            layer.impl.prompt_keys = (
-                adapter.prompt_keys[index].float().permute(1, 2, 0).contiguous()
-            )
-            layer.impl.prompt_values = (
-                adapter.prompt_values[index].float().transpose(0, 1).contiguous()
-            )
-            added += layer.impl.prompt_keys.nbytes + layer.impl.prompt_values.nbytes
-        added += adapter.mask_embeddings.nbytes
-        logger.info(
-            "bita: adapter %s, step block of %s, %.1f MiB added.",
-            self.settings.adapter_dir,
-            self.settings.template.describe(),
-            added / 2**20,
+        put_in_adapter(
+            self.model,
+            self.vllm_config,
+            self.settings,
+            TreeCPUAttentionImpl,
+            torch.float32,  # what tree attention computes in
+            self.device,
         )
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once
         # than requests.
-        speculative_config, self.speculative_config = self.speculative_config, None
-        try:
+        with replaced(self, "speculative_config", None):
             return super()._dummy_sampler_run(hidden_states)
-        finally:
-            self.speculative_config = speculative_config
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
@@ -141,7 +105,6 @@ class BitaCPUModelRunner(CPUModelRunner):
         rows = np.concatenate([blocks.node_rows(), blocks.mask_rows()])
         if len(rows) > MAX_ROWS_IN_ONE_LOGITS_PASS:
             rows = blocks.node_rows()
-        self._logits_rows = rows
         return torch.from_numpy(rows), None, int(blocks.num_nodes.max())
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple:
@@ -244,30 +207,10 @@ class BitaCPUModelRunner(CPUModelRunner):
         top_tokens = np.zeros((0, self.settings.template.max_rank), dtype=np.int64)
         if len(mask_rows):
             if len(self._mask_logits):
-                behind_nodes = self._logits_rows[-len(self._mask_logits) :]
-                logits = self._mask_logits[np.searchsorted(behind_nodes, mask_rows)]
+                logits = self._mask_logits[np.searchsorted(blocks.mask_rows(), mask_rows)]
             else:
                 logits = self.model.compute_logits(hidden_states[torch.from_numpy(mask_rows)])
             top_tokens = logits.topk(self.settings.template.max_rank, dim=-1).indices.numpy()
         drafts = upcoming.fill(self.table, top_tokens, self.vocab_size)
         self._lines.update(zip(self.input_batch.req_ids, upcoming.line.tolist(), strict=True))
         return drafts
-
-
-def _refuse_layer(name: str, layer: Attention) -> None:
-    impl = layer.impl
-    feature = None
-    if not isinstance(impl, TreeCPUAttentionImpl):
-        feature = f"attention of type {type(impl).__name__}"
-    elif impl.attn_type != AttentionType.DECODER:
-        feature = f"attention of kind {impl.attn_type}"
-    elif impl.alibi_slopes is not None:
-        feature = "ALiBi"
-    elif impl.sinks is not None:
-        feature = "attention sinks"
-    elif impl.kv_sharing_target_layer_name is not None:
-        feature = "KV caches shared between layers"
-    if feature is not None:
-        raise ValueError(
-            f"bita does not support {feature} (layer {name}); serve this model without it."
-        )

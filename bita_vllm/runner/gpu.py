@@ -7,8 +7,6 @@ Source of the hooks: vllm/v1/worker/gpu/{model_runner,model_states/interface,spe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +17,8 @@ from bita_kernels.tree_table import TreeTable
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
@@ -33,26 +28,12 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 
-from bita_vllm.adapter import Adapter, ModelShape
-from bita_vllm.attention.gpu import TreeTritonAttentionImpl
+from bita_vllm.attention.gpu import TreeTritonAttentionBackend, TreeTritonAttentionImpl
 from bita_vllm.config import BitaSettings, get_settings
-from bita_vllm.runner.embedding import insert_mask_embedding
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.tree import TemplateTable
-
-logger = init_logger("vllm.bita")
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside: for what vLLM builds in a closed place."""
-    stock = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, stock)
 
 
 class BitaGPUWorker(Worker):
@@ -133,15 +114,11 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
-        path = f"{TreeTritonAttentionImpl.__module__}.TreeTritonAttentionBackend"
-        register_backend(self.attention_backend, path)
-        _cached_get_attn_backend.cache_clear()
-        try:
-            with replaced(v2, "init_model_state", self._make_model_state):
-                super().load_model(*args, **kwargs)
-        finally:
-            self.attention_backend.clear_override()
-            _cached_get_attn_backend.cache_clear()
+        with (
+            attention_backend(self.attention_backend, TreeTritonAttentionBackend),
+            replaced(v2, "init_model_state", self._make_model_state),
+        ):
+            super().load_model(*args, **kwargs)
         table = self.model_state.trees.table
         self.tree_sampler = TreeSampler(self.sampler, table.parent, table.max_depth)
         self.block_workspace = torch.empty(
@@ -154,17 +131,10 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
     ) -> BitaModelState:
         """vLLM's model state for the loaded model; the adapter goes into the model."""
-        adapter = Adapter.load(
-            self.settings.adapter_dir, ModelShape.from_hf_config(self.model_config.hf_text_config)
+        put_in_adapter(
+            model, vllm_config, self.settings, TreeTritonAttentionImpl, self.dtype, device
         )
-        insert_mask_embedding(model, adapter.mask_embeddings.to(device), self.vocab_size)
-        added = adapter.mask_embeddings.nbytes
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
-            if not isinstance(layer.impl, TreeTritonAttentionImpl):
-                raise ValueError(
-                    f"bita does not support attention of type {type(layer.impl).__name__} "
-                    f"(layer {name}); serve this model without it."
-                )
+        for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
             layer.impl.config = AttentionConfig.choose(
                 layer.impl.head_size,
                 self.dtype,
@@ -172,19 +142,9 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
                 self.settings.template.num_rows,
                 self.max_model_len,
             )
-            index = extract_layer_index(name)
-            added += layer.impl.set_prompt_tokens(
-                adapter.prompt_keys[index], adapter.prompt_values[index], self.dtype, device
-            )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
         table = TreeTable.of(TemplateTable(self.settings.template), device)
         state.trees = StepTrees(table, self.max_num_reqs, device)
-        logger.info(
-            "bita: adapter %s, step block of %s, %.1f MiB added.",
-            self.settings.adapter_dir,
-            self.settings.template.describe(),
-            added / 2**20,
-        )
         return state
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:

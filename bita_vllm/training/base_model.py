@@ -1,4 +1,4 @@
-"""The base model as data and evaluation need it: tokenizer and vLLM engine."""
+"""The base model as data, training and evaluation need it: tokenizer, transformers model, vLLM engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from bita_vllm.training.samples import DataError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def load_tokenizer(model: str, revision: str | None) -> tuple[Any, str | None]:
@@ -37,3 +39,44 @@ def start_engine(model: str, **options: Any) -> Iterator[Any]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
+    """The base model on its device. Raises AdapterError if it cannot be had."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bita_vllm.adapter import AdapterError
+
+    device = choose_device(device)
+    chosen = getattr(torch, choose_dtype(dtype, device))
+    try:
+        base = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=chosen)
+        return base.to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise AdapterError(f"The model {model!r} could not be had: {reason}") from error
+
+
+def choose_device(device: str) -> str:
+    """'auto': the GPU if there is one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """'auto': bfloat16 on GPUs and on CPUs with instructions for it; float32 elsewhere, where bfloat16
+    matrix products are many times slower."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    multiplies_bfloat16 = (
+        device != "cpu"
+        or torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+    )
+    return "bfloat16" if multiplies_bfloat16 else "float32"

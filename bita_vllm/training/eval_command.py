@@ -10,12 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bita_vllm.training.base_model import DTYPES
+
 if TYPE_CHECKING:
     from bita_vllm.adapter import AdapterConfig
     from bita_vllm.training.samples import Sample
     from bita_vllm.tree import Template
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_TREES = ("1,1,1", "5,4,3", "auto")
 SHOWN_RANKS = (1, 2, 3, 5, 10)
 
@@ -89,10 +90,13 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The result as `--json` prints it. Raises AdapterError, DataError or TemplateError."""
-    import torch
-
     from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
-    from bita_vllm.training.base_model import load_tokenizer
+    from bita_vllm.training.base_model import (
+        choose_device,
+        choose_dtype,
+        load_base,
+        load_tokenizer,
+    )
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
     from bita_vllm.training.evaluate import (
         acceptance_statistics,
@@ -105,7 +109,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bita_vllm.training.mask_model import MaskModel, load_adapter
     from bita_vllm.training.provenance import versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
-    from bita_vllm.training.train_command import fast_dtype, load_base
 
     limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
     require_at_least(args, limits)
@@ -119,10 +122,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         parse_tree(tree, config, None)  # what cannot be is refused before anything is computed
     model = args.model or config.verifier
     tokenizer, revision = load_tokenizer(model, args.revision)
-    dtype = args.dtype  # of the decoder and the engines
-    if dtype == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = str(fast_dtype(device)).removeprefix("torch.")
+    dtype = choose_dtype(args.dtype, choose_device("auto"))  # of the decoder and the engines
     samples = _answers(args, model, dtype, tokenizer, engine_args)
     if args.data:
         check_tokens(samples, config.model.vocab_size, args.data)

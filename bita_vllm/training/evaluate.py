@@ -164,17 +164,9 @@ def parse_tree(
     if name == "auto" and (rows.isdigit() or spec == "auto"):
         budget = int(rows) if rows else config.speculative_tokens + 1
         return best_template(budget, config.num_mask_tokens, rank_probability)
-    widths = [part.strip() for part in spec.split(",")]
-    if all(part.isdigit() for part in widths):
-        return Template.from_widths([int(part) for part in widths], config.num_mask_tokens)
-    if not Path(spec).is_file():
+    template = Template.from_text(spec, config.num_mask_tokens)
+    if template is None:
         raise TemplateError(
             f"Tree {spec!r} is neither 'auto', 'auto:ROWS', widths such as '5,4,3', nor an existing template file."
-        )
-    template = Template.load(spec)
-    if template.num_masks > config.num_mask_tokens:
-        raise TemplateError(
-            f"Tree {spec!r} has a mask group of {template.num_masks} rows, but the adapter has "
-            f"{config.num_mask_tokens} mask tokens; use shorter groups."
         )
     return template

@@ -126,10 +126,17 @@ class MaskPass:
         softcap: float | None,
     ) -> torch.Tensor:
         batch = len(query)
-        if use_flex(query):
-            return self._attend_flex(layer, query, key, value, scaling, window, softcap)
         front_keys = self.prompt_keys[layer].transpose(0, 1).expand(batch, -1, -1, -1)
         front_values = self.prompt_values[layer].transpose(0, 1).expand(batch, -1, -1, -1)
+        if use_flex(query):
+            return mask_flex.attend(
+                query,
+                torch.cat([front_keys, self.context_keys[layer], key], dim=2),
+                torch.cat([front_values, self.context_values[layer], value], dim=2),
+                self._block_mask(window),
+                scaling,
+                softcap,
+            )
         outputs = []
         groups_per_tile = max(1, TILE_ROWS // self.num_masks)
         for first in range(0, self.roots.shape[1], groups_per_tile):
@@ -151,32 +158,14 @@ class MaskPass:
             )
         return torch.cat(outputs, dim=2)
 
-    def _attend_flex(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        batch = len(query)
+    def _block_mask(self, window: int | None) -> BlockMask:
+        """For FlexAttention; layers with the same window share it."""
         if window not in self._block_masks:
-            length, num_prompt = self.context_keys[layer].shape[2], self.prompt_keys.shape[1]
+            length, num_prompt = self.context_keys[0].shape[2], self.prompt_keys.shape[1]
             self._block_masks[window] = mask_flex.make_block_mask(
                 self.roots, self.num_masks, num_prompt, length, window
             )
-        front_keys = self.prompt_keys[layer].transpose(0, 1).expand(batch, -1, -1, -1)
-        front_values = self.prompt_values[layer].transpose(0, 1).expand(batch, -1, -1, -1)
-        return mask_flex.attend(
-            query,
-            torch.cat([front_keys, self.context_keys[layer], key], dim=2),
-            torch.cat([front_values, self.context_values[layer], value], dim=2),
-            self._block_masks[window],
-            scaling,
-            softcap,
-        )
+        return self._block_masks[window]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from bita_vllm.training.base_model import DTYPES
+
 if TYPE_CHECKING:
     from bita_vllm.training.distributed import Processes
     from bita_vllm.training.trainer import Trainer
 
 # torch and transformers are imported where they are used: `bita --help` answers at once.
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from bita_vllm.adapter import AdapterError
+    from bita_vllm.training.base_model import choose_device
     from bita_vllm.training.distributed import Processes
     from bita_vllm.training.samples import DataError
     from bita_vllm.training.trainer import TrainingError
@@ -117,7 +118,7 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
     import torch
 
     from bita_vllm.adapter import AdapterError
-    from bita_vllm.training.base_model import load_tokenizer
+    from bita_vllm.training.base_model import load_base, load_tokenizer
     from bita_vllm.training.distributed import shard_layers
     from bita_vllm.training.initial import new_model
     from bita_vllm.training.mask_lora import MaskLora
@@ -186,46 +187,6 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
             "another directory."
         )
     return trainer
-
-
-def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
-    """The base model on its device. Raises AdapterError if it cannot be had."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from bita_vllm.adapter import AdapterError
-
-    device = choose_device(device)
-    chosen = fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=chosen)
-        return base.to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise AdapterError(f"The model {model!r} could not be had: {reason}") from error
-
-
-def choose_device(device: str) -> str:
-    """'auto': the GPU if there is one."""
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def fast_dtype(device: str) -> Any:
-    """bfloat16 on GPUs and on CPUs with instructions for it; float32 elsewhere, where bfloat16
-    matrix products are many times slower."""
-    import torch
-
-    if (
-        device != "cpu"
-        or torch.cpu._is_avx512_bf16_supported()
-        or torch.cpu._is_amx_tile_supported()
-    ):
-        return torch.bfloat16
-    return torch.float32
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from awkward_templates import TEMPLATES, naive
 from e2e.engines import engine, generate, idle_threads, make_adapter, torch_threads
 from e2e.inspection import StepRecord, recorded_steps
-from naive_decoder import Template as NaiveTemplate
 from naive_decoder import decode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
@@ -20,27 +20,6 @@ from bita_vllm.tree import Template, TemplateTable
 
 VOCAB_SIZE = 12
 ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
-
-TEMPLATES = {
-    "widths 5,4,3": Template.from_widths([5, 4, 3], 3),
-    "no group under most nodes": Template.build(
-        [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (4, 0)], {0: 3, 2: 2}
-    ),
-    "short groups deep down": Template.build(
-        [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 2)],
-        {0: 3, 1: 2, 2: 3, 3: 1, 4: 1, 6: 2},
-    ),
-    "one node": Template.build([(0, 0)], {0: 1}),
-}
-
-
-def naive(template: Template) -> NaiveTemplate:
-    return NaiveTemplate(
-        parent=template.parent.tolist(),
-        is_mask=(template.mask_index >= 0).tolist(),
-        mask_index=template.mask_index.tolist(),
-        rank=template.rank.tolist(),
-    )
 
 
 def engine_steps(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from naive_decoder import Template as NaiveTemplate
+from awkward_templates import TEMPLATES, naive
 from naive_decoder import decode
 from transformers import AutoModelForCausalLM
 
@@ -56,33 +56,14 @@ def load(model):
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
-TEMPLATES = {
-    "widths 5,4,3": Template.from_widths([5, 4, 3], 3),
-    "no group under most nodes": Template.build(
-        [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (4, 0)], {0: 3, 2: 2}
-    ),
-    "short groups deep down": Template.build(
-        [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 2)],
-        {0: 3, 1: 2, 2: 3, 3: 1, 4: 1, 6: 2},
-    ),
-    "one node": Template.build([(0, 0)], {0: 1}),
-}
-
-
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_replay_takes_the_steps_of_the_naive_decoder(model, adapter, template):
-    naive = NaiveTemplate(
-        parent=template.parent.tolist(),
-        is_mask=(template.mask_index >= 0).tolist(),
-        mask_index=template.mask_index.tolist(),
-        rank=template.rank.tolist(),
-    )
     rng = np.random.default_rng(7)
     base, weights = load(model), Adapter.load(adapter)
     samples, expected = [], []
     for _ in range(8):
         prompt = rng.integers(3, VOCAB_SIZE, rng.integers(1, 20)).tolist()
-        decoded = decode(base, weights, naive, prompt, max_tokens=25)
+        decoded = decode(base, weights, naive(template), prompt, max_tokens=25)
         samples.append(Sample(prompt, decoded.tokens))
         expected.append([len(step.tokens) for step in decoded.steps])
     ranks = answer_ranks(MaskModel.from_adapter(load(model), adapter), samples, 10**6)
