@@ -17,13 +17,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # vLLM logs to stdout by default; that is where our own output goes.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    args = make_parser().parse_args(argv)
+    return args.run(args)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; `args.run(args)` runs the one chosen."""
     parser = argparse.ArgumentParser(prog="bita", description="BiTA for vLLM.")
     parser.add_argument("--version", action="version", version=f"bita {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in SUBCOMMANDS:
         module.add_parser(subparsers)
-    args = parser.parse_args(argv)
-    return args.run(args)
+    return parser
 
 
 if __name__ == "__main__":
