@@ -9,7 +9,9 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
+from e2e.device_reads import OURS, device_reads
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -63,13 +65,31 @@ def case(tiny_model, tmp_path_factory):
     return model, adapter, run(model, requests(), **OPTIONS)
 
 
+def drafted_and_accepted(llm) -> tuple[int, int]:
+    return tuple(metric(llm, f"spec_decode_num_{n}_tokens") for n in ("draft", "accepted"))
+
+
+def test_a_read_of_the_device_is_seen():
+    code = "def leak(x):\n    if x.any():\n        return x.nonzero()\n    return x.sum().item()"
+    names = {}
+    exec(compile(code, f"{OURS[0]}/leak.py", "exec"), names)
+    with device_reads() as reads:
+        names["leak"](torch.tensor([True]))
+        torch.tensor([1]).item()  # a test's own
+    assert [read.partition(": ")[2] for read in reads] == ["Tensor.__bool__", "Tensor.nonzero"]
+
+
 @pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
 def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
     model, adapter, plain = case
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
-        outputs = generate(llm, requests())
+        before = drafted_and_accepted(llm)
+        with nullcontext([]) if drafts == "oracle" else device_reads() as reads:
+            outputs = generate(llm, requests())
+        assert not reads, "the host waits for the device"
+        drafted, accepted = (b - a for a, b in zip(before, drafted_and_accepted(llm), strict=True))
         preempted = metric(llm, "num_preemptions")
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         assert free.get_num_free_blocks() == OPTIONS["num_gpu_blocks_override"] - 1
@@ -85,6 +105,9 @@ def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
     lengths = [len(step.tokens) for step in steps if step.line > 0]
     print(f"{len(steps)} steps, {preempted} preemptions, lengths {sorted(lengths)}")
     assert len(lengths) > 20
+    # Padded blocks without candidates offer no depth; cut ones offer less than their line.
+    assert 0 < drafted <= sum(max(step.line, 0) for step in steps)
+    assert accepted == sum(len(step.tokens) - 1 for step in steps)
     if drafts == "oracle":
         assert max(lengths) == 3
         assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
