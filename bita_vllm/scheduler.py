@@ -30,7 +30,6 @@ class _DepthStatistics(Scheduler):
         settings = get_settings(self.vllm_config)
         assert settings is not None
         tables = [TemplateTable(template) for template in settings.templates]
-        self._max_depth = settings.template.max_depth
         self._depth_of_line = np.concatenate(
             [depth_of_line(t, self.num_spec_tokens) for t in tables]
         )
@@ -57,8 +56,6 @@ class _DepthStatistics(Scheduler):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
-        if self.log_stats and spec_decoding_stats is None:
-            spec_decoding_stats = SpecDecodingStats.new(self.num_spec_tokens)
         if request_id in self._block_lines:
             depth = int(self._depth_of_line[self._block_lines[request_id], num_draft_tokens])
         else:

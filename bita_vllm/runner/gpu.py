@@ -42,7 +42,12 @@ from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
-from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
+from bita_vllm.runner.loading import (
+    attention_backend,
+    keep_through_sleep,
+    put_in_adapter,
+    replaced,
+)
 
 
 def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:
@@ -92,13 +97,13 @@ class BlockSpeculator(BaseSpeculator):
         # [rows, H]
         last_hidden_states: torch.Tensor,
         *args: Any,
-        num_speculative_tokens: int = 0,
+        num_speculative_tokens: int | None = None,
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
         """`[num_reqs, R-1]` int64; `num_speculative_tokens` says for which template. Width 0 drafts nothing."""
         n = input_batch.num_reqs
-        if dummy_run or num_speculative_tokens == 0:
+        if dummy_run or not num_speculative_tokens:
             return self.draft_tokens[:n]
         trees = self.trees
         line = trees.choose_lines(input_batch, num_speculative_tokens)
@@ -181,6 +186,10 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             self.structured_outputs_worker, trees.table.max_nodes, self.max_num_reqs
         )
         self.speculator.load(self.model, trees, self.vocab_size)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        keep_through_sleep(
+            self.model, trees, trees.table, self.node_grammar, *(layer.impl for layer in layers)
+        )
 
     def _make_model_state(
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device

@@ -68,7 +68,9 @@ def _record_gpu(patch: pytest.MonkeyPatch, steps: list[StepRecord]) -> None:
         output = sample(self, hidden_states, batch, grammar)
         trees, counts = self.model_state.trees, output[1].numpy()
         tokens = output[0].sampled_token_ids.numpy()
-        _append(steps, batch.req_ids, trees.line.tolist(), trees.path.numpy(), tokens, counts)
+        depths = trees.table.num_depths[trees.line.clamp(min=0).long()]
+        lines = torch.where(trees.line >= 0, depths, -1).tolist()
+        _append(steps, batch.req_ids, lines, trees.path.numpy(), tokens, counts)
         return output
 
     patch.setattr(BitaGPUModelRunner, "sample", recording)

@@ -106,7 +106,8 @@ def test_an_error_in_the_walk_ends_the_engine_and_sends_no_wrong_token(case, mon
         core.add_request("a", {"prompt_token_ids": COMPANY}, GREEDY.clone())
         with pytest.raises(RuntimeError, match="the walk failed"):
             for _ in range(40):
-                sent = [list(o.outputs[0].token_ids) for o in core.step()][0]
+                for output in core.step():
+                    sent = list(output.outputs[0].token_ids)
     expected = list(plain[0].outputs[0].token_ids)
     assert 0 < len(sent) < len(expected)
     assert sent == expected[: len(sent)]

@@ -1,7 +1,7 @@
 """fp32: structured output is plain vLLM's, token by token, whatever the drafts; on both runners.
 
 JSON schemas, a regex and choices, greedy and seeded, beside requests without structure. On the V2
-runner (`--runner gpu`) there are fewer: a step takes a tenth of a second in Triton's interpreter.
+runner (`--runner gpu`) there are fewer: a step takes tenths of a second in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 pytestmark = pytest.mark.slow
-NUM_SCHEMAS = 8 if ON_GPU_RUNNER else 50
+NUM_SCHEMAS = 4 if ON_GPU_RUNNER else 50
 OPTIONS = {
     "max_model_len": 128,
-    "max_num_seqs": 8,
+    "max_num_seqs": 4 if ON_GPU_RUNNER else 8,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 
@@ -46,17 +46,19 @@ def make_requests() -> list[tuple[list[int], SamplingParams]]:
     requests = []
     for i in range(NUM_SCHEMAS):
         sampling = {"temperature": 0} if i % 2 else {"temperature": 1.0, "seed": i}
-        if i % 5 == 0:
+        if (
+            i % 5 == 0 and not ON_GPU_RUNNER
+        ):  # there a sampler call a depth; test_gpu_runner.py has it
             sampling["repetition_penalty"] = 1.2
         structure = StructuredOutputsParams(json=schema(i))
         requests.append((structure, sampling))
     requests.append((StructuredOutputsParams(regex="(ab|c)+d"), {"temperature": 0}))
     requests.append((StructuredOutputsParams(choice=["left", "right"]), {"logprobs": 2, "seed": 1}))
-    requests += [(None, {"temperature": 0}), (None, {"temperature": 0.8, "seed": 2})]
+    requests.append((None, {"temperature": 0.8, "seed": 2}))
     return [
         (
             [259 + (7 * i + n) % 250 for n in range(4 + i % 5)],  # letters
-            SamplingParams(max_tokens=32, structured_outputs=structure, **sampling),
+            SamplingParams(max_tokens=24, structured_outputs=structure, **sampling),
         )
         for i, (structure, sampling) in enumerate(requests)
     ]
@@ -74,7 +76,7 @@ def case(tiny_model, tmp_path_factory):
 def test_output_equals_plain_vllm(case, drafts):
     model, adapter, plain = case
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
-    bita = {"model": str(adapter), "tree": "3,2"}
+    bita = {"model": str(adapter), "tree": "2,1"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
         outputs = generate(llm, make_requests())
     for i, (ours, theirs) in enumerate(zip(outputs, plain, strict=True)):
