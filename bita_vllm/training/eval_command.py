@@ -107,7 +107,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         save_acceptance,
     )
     from bita_vllm.training.mask_model import MaskModel, load_adapter
-    from bita_vllm.training.provenance import versions
+    from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
 
     limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
@@ -151,8 +151,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     acceptance = {
         **acceptance_statistics(ranks),
         **origin,
-        "model": _portable(model),
-        "data": _portable(args.data or args.prompts),
+        "model": portable_name(model),
+        "data": portable_name(args.data or args.prompts),
     }
     templates = {tree: parse_tree(tree, config, acceptance["rank_probability"]) for tree in trees}
     if not args.no_save:
@@ -182,11 +182,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "acceptance": acceptance,
         "trees": rows,
     }
-
-
-def _portable(name: str) -> str:
-    """A hub name, or the last part of a path: an adapter travels, this machine's folders do not."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _fits(tree: str, config: AdapterConfig) -> bool:

@@ -279,17 +279,21 @@ class Trainer:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C ends training after the step at hand; a second one at once."""
+        """The first Ctrl-C or SIGTERM ends training after the step at hand; a second one at once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
 
-        before = signal.signal(signal.SIGINT, stop)
+        before: dict[signal.Signals, Any] = {}
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            before[signal_number] = signal.signal(signal_number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
