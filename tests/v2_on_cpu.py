@@ -47,16 +47,28 @@ def install() -> None:
 
     triton.backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=Driver)
     triton.runtime.driver._active = Driver()
+    _allow_integer_masks()
     # vLLM's cache writer asks before it launches.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+
+def _allow_integer_masks() -> None:
+    """vLLM's grammar kernel ends up with one; the compiler takes it, the interpreter's store does not."""
+    import triton.runtime.interpreter as interpreter
+
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def masked_store(self, ptrs, value, mask, cache_policy):
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, cache_policy)
+
+    interpreter.InterpreterBuilder.create_masked_store = masked_store
 
 
 def __getattr__(name: str) -> type:
     """`Worker`: a CPU worker that runs the GPU runner; made when asked for, as it imports vLLM."""
     if name != "Worker":
         raise AttributeError(name)
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.worker.cpu import model_runner as cpu_v2
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -67,11 +79,10 @@ def __getattr__(name: str) -> type:
     class Runner(BitaGPUModelRunner, cpu_v2.CPUModelRunner):
         attention_backend = AttentionBackendEnum.CPU_ATTN
 
-        def load_model(self, *args, **kwargs):
-            super().load_model(*args, **kwargs)
-            # Tiles for a GPU's registers are small; the interpreter's time goes by their number.
-            for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values():
-                layer.impl.config = replace(layer.impl.config, block_m=64, block_n=128)
+        def _attention_config(self, impl):
+            # Tiles for a GPU's registers are small, and the interpreter's time goes by their number.
+            # Short splits: a tiny model's contexts take several, side by side.
+            return replace(super()._attention_config(impl), block_m=64, block_n=128, split=128)
 
     class Worker(CPUWorker):
         def init_device(self) -> None:

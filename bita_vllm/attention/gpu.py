@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.tree_attention import Workspace, tree_attention
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
@@ -21,6 +22,9 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from bita_vllm.runner.gpu_trees import StepTrees
+
+PROGRAMS_PER_PROCESSOR = 2
+MAX_WORKSPACE_BYTES = 2**28
 
 
 @dataclass
@@ -57,7 +61,7 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor
     config: AttentionConfig
-    # shared by all layers of a shape; None: splits in turn
+    # shared by all layers of a shape; None: the longest sequence is one split
     workspace: Workspace | None = None
 
     def set_prompt_tokens(
@@ -70,6 +74,15 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         """Keep the layer's prompt tokens; returns their bytes."""
         self.prompt_keys, self.prompt_values = keys.contiguous(), values.contiguous()
         return self.prompt_keys.nbytes + self.prompt_values.nbytes
+
+    def _workspace_for(
+        self, num_requests: int, trees: StepTrees, max_seq_len: int
+    ) -> Workspace | None:
+        """Enough requests fill the machine without splits, in the same bits."""
+        if self.workspace is None:
+            return None
+        rows = num_requests * trees.table.num_rows
+        return self.workspace if self.workspace.holds(self.config, rows, max_seq_len) else None
 
     def fused_output_quant_supported(self, quant_key: QuantKey) -> bool:
         """Tree attention writes the model's dtype; vLLM quantises the output in an operation of its own."""
@@ -122,6 +135,59 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
             window=self.sliding_window[0] + 1,
             softcap=self.logits_soft_cap,
             sinks=self.sinks,
-            workspace=self.workspace,
+            workspace=self._workspace_for(num_requests, trees, attn_metadata.max_seq_len),
         )
         return output
+
+
+class SharedWorkspaces:
+    """One workspace for all layers of an attention shape; layers run one after the other.
+
+    Big enough for as many requests as it takes to fill the machine without splits, and not bigger than
+    MAX_WORKSPACE_BYTES.
+    """
+
+    def __init__(
+        self, num_rows: int, max_num_reqs: int, max_seq_len: int, device: torch.device
+    ) -> None:
+        self._num_rows, self._max_num_reqs, self._device = num_rows, max_num_reqs, device
+        self._max_seq_len = max_seq_len
+        self._made: dict[tuple[int, int, AttentionConfig], Workspace | None] = {}
+
+    def of(self, impl: TreeTritonAttentionImpl) -> Workspace | None:
+        """The one for a layer, or None if its longest sequence is one split."""
+        key = (impl.num_heads, impl.head_size, impl.config)
+        if key not in self._made:
+            self._made[key] = self._make(impl)
+        return self._made[key]
+
+    def _make(self, impl: TreeTritonAttentionImpl) -> Workspace | None:
+        config, splits = impl.config, impl.config.num_splits(self._max_seq_len)
+        if splits == 1:
+            return None
+        tiles = triton.cdiv(self._num_rows * impl.num_queries_per_kv, config.block_m)
+        programs = tiles * impl.num_kv_heads  # of a request, without splits
+        row_bytes = splits * impl.num_heads * (impl.head_size + 2) * 4
+        num_requests = min(
+            self._max_num_reqs,
+            triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(self._device), programs),
+            MAX_WORKSPACE_BYTES // (row_bytes * self._num_rows),
+        )
+        if num_requests == 0:
+            return None
+        return Workspace.empty(
+            config,
+            num_requests,
+            self._num_rows,
+            impl.num_heads,
+            impl.head_size,
+            self._max_seq_len,
+            self._device,
+        )
+
+
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -24,11 +24,11 @@ from bita_vllm.attention.cpu import (
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks, Walk
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
-from bita_vllm.runner.sampling import GreedyTargets, SampledTargets
+from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import TemplateTable
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 # Up to here one pass over the output head for node and mask rows costs less than two with fewer rows:
 # measured on SmolLM2's head (49152 x 576, fp32, one core): 4 rows 12 ms against 10 + 9, 16 rows 29
@@ -64,6 +64,7 @@ class BitaCPUModelRunner(CPUModelRunner):
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None
         self._mask_logits = torch.zeros(0)
+        self._grammar: GrammarOutput | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
@@ -128,12 +129,20 @@ class BitaCPUModelRunner(CPUModelRunner):
             groups.setdefault(id(shared), []).append(name)
         return list(groups.values())
 
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows."""
+        has_blocks = self._blocks is not None and bool((self._blocks.line >= 0).any())
+        self._grammar = grammar_output if has_blocks else None
+        return super().sample_tokens(None if has_blocks else grammar_output)
+
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: None) -> SamplerOutput:
         """Walk every tree; accepted rows move to their KV slots."""
         batch, blocks = self.input_batch, self._blocks
         assert blocks is not None
         num_node_rows = int(blocks.num_nodes.sum())
         logits, self._mask_logits = logits[:num_node_rows], logits[num_node_rows:]
+        if self._grammar is not None:
+            constrain_nodes(logits, blocks, batch.req_ids, self._grammar)
         node_tokens = self.input_ids.cpu[torch.from_numpy(blocks.node_rows())].numpy()
         emitting = ~self.discard_request_mask.np[: batch.num_reqs]
         targets: GreedyTargets | SampledTargets

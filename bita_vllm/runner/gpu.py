@@ -7,33 +7,53 @@ Source of the hooks: vllm/v1/worker/gpu/{model_runner,model_states/interface,spe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.build_block import build_block, workspace_shape
 from bita_kernels.move_kv import LayerCaches, move_kv
-from bita_kernels.tree_table import TreeTable
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.worker.gpu import model_runner as v2
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 
-from bita_vllm.attention.gpu import TreeTritonAttentionBackend, TreeTritonAttentionImpl
+from bita_vllm.attention.gpu import (
+    SharedWorkspaces,
+    TreeTritonAttentionBackend,
+    TreeTritonAttentionImpl,
+)
 from bita_vllm.config import BitaSettings, get_settings
+from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
-from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
-from bita_vllm.tree import TemplateTable
+from bita_vllm.runner.loading import (
+    attention_backend,
+    keep_through_sleep,
+    put_in_adapter,
+    replaced,
+)
+
+
+def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:
+    """Runs of requests whose logits are held at once: as many as vLLM's rejection sampler holds."""
+    most = max(1, get_max_chunk_logits(vocab_size) // rows_each)
+    return [slice(start, min(start + most, num_requests)) for start in range(0, num_requests, most)]
 
 
 class BitaGPUWorker(Worker):
@@ -44,7 +64,7 @@ class BitaGPUWorker(Worker):
 
 
 class BlockSpeculator(BaseSpeculator):
-    """Hands out the blocks that the sampler stage has already made; there is no draft model."""
+    """Makes the next blocks from what the walk left; there is no draft model."""
 
     draft_logits = None
     supports_mm_inputs = False
@@ -54,15 +74,56 @@ class BlockSpeculator(BaseSpeculator):
         # [max_num_reqs, R-1] the next block of each request of the step, in batch order
         self.draft_tokens = torch.zeros(max_num_reqs, num_drafts, dtype=torch.int64, device=device)
 
+    def load(self, model: Any, trees: StepTrees, vocab_size: int) -> None:
+        """The model is there: its output head makes candidates."""
+        self.compute_logits, self.trees, self.vocab_size = model.compute_logits, trees, vocab_size
+        self.workspace = torch.empty(
+            workspace_shape(len(self.draft_tokens), vocab_size, trees.table),
+            dtype=torch.int64,
+            device=self.draft_tokens.device,
+        )
+
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing of its own to capture."""
 
     def capture(self) -> None:
         """Nothing of its own to capture."""
 
-    def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`[num_reqs, R-1]` int64."""
-        return self.draft_tokens[: input_batch.num_reqs]
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        # [rows, H]
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        num_speculative_tokens: int | None = None,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """`[num_reqs, R-1]` int64; `num_speculative_tokens` says for which template. Width 0 drafts nothing."""
+        n = input_batch.num_reqs
+        if dummy_run or not num_speculative_tokens:
+            return self.draft_tokens[:n]
+        trees = self.trees
+        line = trees.choose_lines(input_batch, num_speculative_tokens)
+        for part in parts_of(n, trees.table.max_depth, self.vocab_size):
+            rows, logits_rows = trees.candidate_rows(part, num_speculative_tokens)
+            if input_batch.num_draft_tokens:
+                logits = self.compute_logits(last_hidden_states[rows])
+            else:  # no candidates: no row of the logits is read
+                logits = last_hidden_states.new_empty(1, self.vocab_size).expand(len(rows), -1)
+            num_logits = (part.stop - part.start) * trees.table.max_depth
+            build_block(
+                logits,
+                logits_rows,
+                line[part],
+                self.vocab_size,
+                trees.table,
+                self.workspace[:num_logits],
+                self.draft_tokens[part],
+            )
+        return self.draft_tokens[:n]
 
 
 class BitaModelState(DefaultModelState):
@@ -119,12 +180,15 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             replaced(v2, "init_model_state", self._make_model_state),
         ):
             super().load_model(*args, **kwargs)
-        table = self.model_state.trees.table
-        self.tree_sampler = TreeSampler(self.sampler, table.parent, table.max_depth)
-        self.block_workspace = torch.empty(
-            workspace_shape(self.max_num_reqs, self.vocab_size, table),
-            dtype=torch.int64,
-            device=self.device,
+        trees = self.model_state.trees
+        self.tree_sampler = TreeSampler(self.sampler, trees.table.parent, trees.table.max_depth)
+        self.node_grammar = NodeGrammar(
+            self.structured_outputs_worker, trees.table.max_nodes, self.max_num_reqs
+        )
+        self.speculator.load(self.model, trees, self.vocab_size)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        keep_through_sleep(
+            self.model, trees, trees.table, self.node_grammar, *(layer.impl for layer in layers)
         )
 
     def _make_model_state(
@@ -134,18 +198,24 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         put_in_adapter(
             model, vllm_config, self.settings, TreeTritonAttentionImpl, self.dtype, device
         )
-        for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
-            layer.impl.config = AttentionConfig.choose(
-                layer.impl.head_size,
-                self.dtype,
-                layer.impl.num_queries_per_kv,
-                self.settings.template.num_rows,
-                self.max_model_len,
-            )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
-        table = TreeTable.of(TemplateTable(self.settings.template), device)
-        state.trees = StepTrees(table, self.max_num_reqs, device)
+        state.trees = StepTrees(self.settings.templates, self.max_num_reqs, device)
+        workspaces = SharedWorkspaces(
+            self.settings.template.num_rows, self.max_num_reqs, self.max_model_len, device
+        )
+        for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
+            layer.impl.config = self._attention_config(layer.impl)
+            layer.impl.workspace = workspaces.of(layer.impl)
         return state
+
+    def _attention_config(self, impl: TreeTritonAttentionImpl) -> AttentionConfig:
+        return AttentionConfig.choose(
+            impl.head_size,
+            self.dtype,
+            impl.num_queries_per_kv,
+            self.settings.template.num_rows,
+            self.max_model_len,
+        )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Stock, then the addresses of every layer's cache, for the moves."""
@@ -159,74 +229,127 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             ]
             self.layer_caches.append(LayerCaches.of(*zip(*caches, strict=True)))
 
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
+        """Profile with the most logits that a step holds at once, copied to fp32 as for sampling parameters."""
+        super()._dummy_sampler_run(hidden_states)
+        max_nodes = self.model_state.trees.table.max_nodes
+        largest = parts_of(self.max_num_reqs, max_nodes, self.vocab_size)[0].stop * max_nodes
+        logits = self.model.compute_logits(hidden_states[:1].expand(largest, -1))
+        zeros = torch.zeros(largest, dtype=torch.int64, device=self.device)
+        self.sampler.sample(
+            torch.empty_like(logits, dtype=torch.float32).copy_(logits),
+            zeros,
+            zeros[:1],
+            np.zeros(1, dtype=np.intp),
+            zeros,
+            zeros,
+            zeros.int(),
+            np.ones(1, dtype=np.int32),
+        )
+
     def sample(
         self,
         hidden_states: torch.Tensor,
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        """Logits of node rows, targets, walk, KV moves; then logits of the chosen mask rows, blocks.
+        """Logits of node rows, targets, walk; then the KV moves.
 
-        hidden_states is `[rows, H]`; the sampler output holds `[B, max_depth + 1]` tokens.
+        hidden_states is `[rows, H]`; the sampler output holds `[B, max_depth + 2]` tokens, the last
+        column is the line of each request's block (`BlockOutput`).
         """
-        trees = self.model_state.trees
+        trees, n = self.model_state.trees, input_batch.num_reqs
         if input_batch.num_draft_tokens == 0:
-            trees.next_line[: input_batch.num_reqs] = 0
-            self._make_blocks(hidden_states, input_batch)
+            trees.no_candidates(n)
             return super().sample(hidden_states, input_batch, grammar_output)
-        num_requests = input_batch.num_reqs
-        rows = trees.node_rows(num_requests)
-        logits = self.model.compute_logits(hidden_states[rows.flatten()])
-        nodes = NodeRows(
-            rows, input_batch.input_ids[rows].long(), input_batch.positions[rows], logits
-        )
-        targets, path_logits = self.tree_sampler(nodes, trees.line[:num_requests], input_batch)
-        trees.walk(targets, input_batch)
+        num_nodes = trees.nodes_each(input_batch)
+        scores = [
+            self._walk(hidden_states, input_batch, part, num_nodes, grammar_output)
+            for part in parts_of(n, num_nodes, self.vocab_size)
+        ]
         for caches, block_table in zip(self.layer_caches, trees.block_tables, strict=True):
             move_kv(
                 caches,
-                block_table[:num_requests],
-                trees.context_len[:num_requests],
-                trees.path[:num_requests],
-                trees.num_emitted[:num_requests],
+                block_table[:n],
+                trees.context_len[:n],
+                trees.path[:n],
+                trees.num_emitted[:n],
             )
-        self._make_blocks(hidden_states, input_batch)
-        tokens = trees.tokens[:num_requests]
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            trees.num_emitted[:num_requests].clone(),
+            trees.num_emitted[:n].clone(),
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
             self.req_states.prefill_len.gpu,
         )
+        logprobs, num_nans = zip(*scores, strict=True)
         output = SamplerOutput(
-            sampled_token_ids=tokens.clone(),  # copied to the host while the next step runs
-            logprobs_tensors=self.tree_sampler.logprobs(
-                path_logits, trees.path[:num_requests], tokens, input_batch
-            ),
-            num_nans=get_num_nans(logits[:: rows.shape[1]]) if self.sampler.compute_nans else None,
+            # a copy, as it travels to the host while the next step runs
+            sampled_token_ids=torch.cat([trees.tokens[:n], trees.line[:n, None]], dim=1),
+            logprobs_tensors=joined_logprobs(logprobs),
+            num_nans=torch.cat(num_nans) if self.sampler.compute_nans else None,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
         return output, num_sampled, num_rejected
 
-    def _make_blocks(self, hidden_states: torch.Tensor, input_batch: InputBatch) -> None:
-        """The next block of each request, into the speculator's buffer; its line, by request slot."""
-        trees, num_requests = self.model_state.trees, input_batch.num_reqs
-        next_line = trees.next_line[:num_requests]
-        mask_rows = trees.mask_rows[:num_requests]
-        num_logits = mask_rows.numel()
-        if input_batch.num_draft_tokens:
-            logits = self.model.compute_logits(hidden_states[mask_rows.flatten().clamp(min=0)])
-        else:  # no candidates: no row of the logits is read
-            logits = hidden_states.new_empty(1, self.vocab_size).expand(num_logits, -1)
-        trees.line_of_slot[input_batch.idx_mapping] = next_line
-        build_block(
-            logits,
-            trees.logits_rows[:num_requests],
-            next_line,
-            self.vocab_size,
-            trees.table,
-            self.block_workspace[:num_logits],
-            self.speculator.draft_tokens[:num_requests],
+    def _walk(
+        self,
+        # [rows, H]
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        part: slice,
+        num_nodes: int,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[LogprobsTensors | None, torch.Tensor | None]:
+        """Walk the trees of some requests; logprobs of the emitted tokens, and NaNs, where asked for."""
+        trees = self.model_state.trees
+        rows = trees.node_rows(part, num_nodes)
+        logits = self.model.compute_logits(hidden_states[rows.flatten()])
+        if grammar_output is not None:
+            self.node_grammar.constrain(logits, part, input_batch, grammar_output, trees)
+        num_nans = get_num_nans(logits[::num_nodes]) if self.sampler.compute_nans else None
+        nodes = NodeRows.of(rows, logits, part, input_batch)
+        dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
+        targets, path_logits = self.tree_sampler(nodes, trees.line[part], dims is not None)
+        trees.walk(targets, part, input_batch)
+        if dims is None:
+            return None, num_nans
+        logprobs = self.tree_sampler.logprobs(
+            path_logits(trees.path[part].long()), trees.tokens[part], nodes.slots, dims
         )
+        return logprobs, num_nans
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """Stock; the output also says which line each block had."""
+        output = super().sample_tokens(grammar_output)
+        return BlockOutput(output) if isinstance(output, AsyncOutput) else output
+
+
+class BlockOutput(AsyncModelRunnerOutput):
+    """vLLM's output on its way to the host, with the lines for `scheduler.py`'s statistics."""
+
+    def __init__(self, output: AsyncOutput) -> None:
+        self._output = output
+
+    def get_output(self) -> ModelRunnerOutput:
+        result = self._output.get_output()
+        result.block_lines = self._output.sampled_token_ids[:, -1].tolist()
+        return result
+
+
+def joined_logprobs(parts: Sequence[LogprobsTensors | None]) -> LogprobsTensors | None:
+    """Those of consecutive requests as one."""
+    if parts[0] is None or len(parts) == 1:
+        return parts[0]
+    known = [part for part in parts if part is not None]
+    starts = accumulate((part.cu_num_generated_tokens[-1] for part in known[:-1]), initial=0)
+    return LogprobsTensors(
+        *(torch.cat(columns) for columns in zip(*(part[:3] for part in known), strict=True)),
+        cu_num_generated_tokens=[0]
+        + [
+            start + n
+            for start, p in zip(starts, known, strict=True)
+            for n in p.cu_num_generated_tokens[1:]
+        ],
+    )

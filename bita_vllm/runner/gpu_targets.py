@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 @dataclass
 class NodeRows:
-    """Node rows of a step, N to each request: row n of request b is its node n.
+    """Node rows of some requests of a step, N to each: row n of request b is its node n.
 
     Where a request has fewer nodes, its last row is repeated; the walk never looks there.
 
@@ -32,12 +32,38 @@ class NodeRows:
         tokens: `[B, N]` int64, input token.
         positions: `[B, N]` int64, position in the sequence.
         logits: `[B * N, V]`.
+        slots: `[B]` int64, vLLM's place of each request; slots_np on the host.
+        seq_lens_np: `[B]` int32, upper bounds.
     """
 
     rows: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
     logits: torch.Tensor
+    slots: torch.Tensor
+    slots_np: np.ndarray
+    seq_lens_np: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        # [B, N] int64
+        rows: torch.Tensor,
+        # [B * N, V]
+        logits: torch.Tensor,
+        part: slice,
+        input_batch: InputBatch,
+    ) -> NodeRows:
+        """For the requests of `part`."""
+        return cls(
+            rows,
+            input_batch.input_ids[rows].long(),
+            input_batch.positions[rows],
+            logits,
+            input_batch.idx_mapping[part],
+            input_batch.idx_mapping_np[part],
+            input_batch.seq_lens_cpu_upper_bound.numpy()[part],
+        )
 
 
 class TreeSampler:
@@ -59,7 +85,7 @@ class TreeSampler:
         nodes: NodeRows,
         # [B] int32, line of the template table, -1 for a request without a block
         line: torch.Tensor,
-        input_batch: InputBatch,
+        wants_logprobs: bool,
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """`[B * N]` int64 targets, and what gives the logits for logprobs along a path.
 
@@ -67,12 +93,11 @@ class TreeSampler:
         `[B * (max_depth + 1), V]`.
         """
         num_nodes = nodes.rows.shape[1]
-        wants_logprobs = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np) is not None
-        if self._looks_back(input_batch.idx_mapping_np):
-            return self._along_the_walk(nodes, line, input_batch, wants_logprobs)
+        if self._looks_back(nodes.slots_np):
+            return self._along_the_walk(nodes, line, wants_logprobs)
         sampled, processed = self._sample(
             nodes.logits,
-            input_batch,
+            nodes,
             num_nodes,
             nodes.positions.flatten(),
             nodes.tokens.flatten(),
@@ -100,7 +125,7 @@ class TreeSampler:
         )
 
     def _along_the_walk(
-        self, nodes: NodeRows, line: torch.Tensor, input_batch: InputBatch, wants_logprobs: bool
+        self, nodes: NodeRows, line: torch.Tensor, wants_logprobs: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """One call a depth on the walk's path so far, laid out as a chain of drafts."""
         num_requests, num_nodes = nodes.rows.shape
@@ -116,7 +141,7 @@ class TreeSampler:
             local = torch.arange(length, dtype=torch.int32, device=line.device)
             sampled, processed = self._sample(
                 nodes.logits[self._flat(path, num_nodes)],
-                input_batch,
+                nodes,
                 length,
                 nodes.positions.gather(1, path).flatten(),
                 nodes.tokens.gather(1, path).flatten(),
@@ -142,7 +167,7 @@ class TreeSampler:
         self,
         # [B * n, V]
         logits: torch.Tensor,
-        input_batch: InputBatch,
+        nodes: NodeRows,
         # n, rows of each request
         rows_each: int,
         # [B * n] int64
@@ -155,38 +180,36 @@ class TreeSampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.sampler.sample(
             logits,
-            input_batch.idx_mapping.repeat_interleave(rows_each),
-            input_batch.idx_mapping,
-            input_batch.idx_mapping_np,
+            nodes.slots.repeat_interleave(rows_each),
+            nodes.slots,
+            nodes.slots_np,
             positions,
             tokens,
             local_positions,
-            input_batch.seq_lens_cpu_upper_bound.numpy(),
+            nodes.seq_lens_np,
             return_logprobs=wants_logprobs,
         )
 
     def logprobs(
         self,
-        path_logits: Callable[[torch.Tensor], torch.Tensor],
-        # [B, max_depth + 1] int32, node at each step of the walk
-        path: torch.Tensor,
+        # [B * (max_depth + 1), V]
+        logits: torch.Tensor,
         # [B, max_depth + 1] int64, emitted tokens, -1 behind the last
         tokens: torch.Tensor,
-        input_batch: InputBatch,
-    ) -> LogprobsTensors | None:
+        slots: torch.Tensor,
+        # from the sampler's get_logprobs_dims
+        dims: tuple[int, int],
+    ) -> LogprobsTensors:
         """Logprobs of the emitted tokens, max_depth + 1 rows to each request."""
-        dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
-        if dims is None:
-            return None
         num_logprobs, max_token_ids = dims
-        num_requests, steps = path.shape
+        num_requests, steps = tokens.shape
         return compute_topk_scores(
-            path_logits(path.long()),
+            logits,
             num_logprobs,
             tokens.clamp(min=0).flatten(),
             [i * steps for i in range(num_requests + 1)],
             logprob_token_ids_state=self.sampler.logprob_token_ids_state,
-            expanded_idx_mapping=input_batch.idx_mapping.repeat_interleave(steps),
+            expanded_idx_mapping=slots.repeat_interleave(steps),
             max_per_req_token_ids=max_token_ids,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )

@@ -5,49 +5,55 @@ Persistent buffers: a CUDA graph reads `line` at replay, whatever request sits w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from bita_kernels.accept_tree import accept_tree
 from bita_kernels.tree_table import TreeTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from bita_vllm.tree import Template, TemplateTable
 
 
 class StepTrees:
     """B requests of a step in batch order; slots are vLLM's places of requests between steps.
 
     Attributes:
-        table: the template table.
+        table: the lines of all templates.
         line_of_slot: `[max_num_reqs]` int32, line of the next block of the request in each slot.
         line: `[max_num_reqs]` int32, line of each request's block, -1 without one and behind B.
         first_row: `[max_num_reqs]` int32, the root's row in the step; without a block the last row.
         num_rows: `[max_num_reqs]` int32, rows of the request in the step.
         context_len: `[max_num_reqs]` int32, committed tokens before `first_row`.
-        tokens, path, num_emitted, last_node, next_line, mask_rows: outputs of `accept_tree`.
-        logits_rows: `[max_num_reqs, max_depth]` int32, row of each of `mask_rows` among their logits.
+        tokens, path, num_emitted, last_node, next_depths, mask_rows: outputs of `accept_tree`.
         block_tables: one `[B or more, max blocks]` int32 for each KV cache group.
     """
 
-    def __init__(self, table: TreeTable, max_num_reqs: int, device: torch.device) -> None:
+    def __init__(
+        self, templates: Sequence[Template], max_num_reqs: int, device: torch.device
+    ) -> None:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
-        self.table = table
+        self.table = table = TreeTable.stack([TemplateTable(t) for t in templates], device)
         self.line_of_slot, self.line = buffer(), buffer()
         self.first_row, self.num_rows, self.context_len = buffer(), buffer(), buffer()
         self.tokens = buffer(table.max_depth + 1, dtype=torch.int64)
         self.path = buffer(table.max_depth + 1)
-        self.num_emitted, self.last_node, self.next_line = buffer(), buffer(), buffer()
+        self.num_emitted, self.last_node, self.next_depths = buffer(), buffer(), buffer()
         self.mask_rows = buffer(table.max_depth)
-        self.emitting = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
-        self.first_target = (
-            torch.arange(max_num_reqs, dtype=torch.int32, device=device) * table.max_nodes
-        )
-        num_logits = max_num_reqs * table.max_depth
-        self.logits_rows = torch.arange(num_logits, dtype=torch.int32, device=device).view(
-            max_num_reqs, table.max_depth
-        )
         self.block_tables: tuple[torch.Tensor, ...] = ()
-        self._nodes = torch.arange(table.max_nodes, device=device)
+        # by the number of draft tokens, as vLLM counts a width
+        self._templates = {
+            t.num_rows - 1: (t, first) for t, first in zip(templates, table.first_line, strict=True)
+        }
+        # nodes of the template that each slot's next block is made from; known on the host
+        self._nodes_of_slot_np = np.ones(max_num_reqs, dtype=np.int64)
+        self._emitting = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
+        self._requests = torch.arange(max_num_reqs, dtype=torch.int32, device=device)
         self._places = torch.arange(table.num_rows, device=device)
+        self._depths = torch.arange(table.max_depth, dtype=torch.int32, device=device)
 
     def begin(self, input_batch: InputBatch, block_tables: tuple[torch.Tensor, ...]) -> None:
         """Find the blocks of a step, and make its positions follow the trees.
@@ -65,48 +71,80 @@ class StepTrees:
         self.first_row[:n] = torch.where(has_block, starts, ends - 1)
         self.context_len[:n] = input_batch.positions[self.first_row[:n].long()]
         if input_batch.num_draft_tokens:
-            self._shift_positions(input_batch.positions, n)
+            longest = min(int(input_batch.num_scheduled_tokens.max()), self.table.num_rows)
+            self._shift_positions(input_batch.positions, n, self._places[:longest])
 
     def _shift_positions(
         self,
         # [rows] int64, position = KV slot
         positions: torch.Tensor,
         n: int,
+        # [rows of the longest block] int64, 0, 1, ...
+        places: torch.Tensor,
     ) -> None:
         """Position = committed tokens + depth: in place, for the rows of blocks."""
-        inside = (self.line[:n] >= 0)[:, None] & (self._places < self.num_rows[:n, None])
-        depth = self.table.depth[self.line[:n].clamp(min=0).long()]
-        rows = torch.where(inside, self.first_row[:n, None] + self._places, 0)
-        shift = torch.where(inside, depth - self._places, 0)
+        inside = (self.line[:n] >= 0)[:, None] & (places < self.num_rows[:n, None])
+        depth = self.table.depth[self.line[:n].clamp(min=0).long(), : len(places)]
+        rows = torch.where(inside, self.first_row[:n, None] + places, 0)
+        shift = torch.where(inside, depth - places, 0)
         positions.index_add_(0, rows.flatten(), shift.flatten())
 
-    def node_rows(self, n: int) -> torch.Tensor:
-        """`[n, max_nodes]` int64, rows of the step that hold nodes; a request's last one is repeated."""
-        own = torch.where(self.line[:n] >= 0, self.num_rows[:n], 1)
-        places = torch.minimum(self._nodes, own[:, None] - 1)
-        return self.first_row[:n, None].long() + places
+    def nodes_each(self, input_batch: InputBatch) -> int:
+        """N: nodes of the largest template that a block of the step is made from."""
+        has_block = input_batch.num_draft_tokens_per_req > 0
+        return int(self._nodes_of_slot_np[input_batch.idx_mapping_np[has_block]].max())
+
+    def node_rows(self, part: slice, num_nodes: int) -> torch.Tensor:
+        """`[requests of the part, N]` int64, rows of the step that hold nodes; a request's last one is repeated."""
+        own = torch.where(self.line[part] >= 0, self.num_rows[part], 1)
+        places = torch.minimum(self._places[:num_nodes], own[:, None] - 1)
+        return self.first_row[part, None].long() + places
 
     def walk(
         self,
-        # [n * max_nodes] int64
+        # [requests of the part * N] int64
         targets: torch.Tensor,
+        part: slice,
         input_batch: InputBatch,
     ) -> None:
         """Walk every tree along its targets, into this object's buffers."""
-        n = input_batch.num_reqs
+        n = part.stop - part.start
         accept_tree(
             targets,
             input_batch.input_ids,
-            self.first_target[:n],
-            self.first_row[:n],
-            self.num_rows[:n],
-            self.line[:n],
-            self.emitting[:n],
+            self._requests[:n] * (len(targets) // n),
+            self.first_row[part],
+            self.num_rows[part],
+            self.line[part],
+            self._emitting[part],
             self.table,
-            self.tokens[:n],
-            self.path[:n],
-            self.num_emitted[:n],
-            self.last_node[:n],
-            self.next_line[:n],
-            self.mask_rows[:n],
+            self.tokens[part],
+            self.path[part],
+            self.num_emitted[part],
+            self.last_node[part],
+            self.next_depths[part],
+            self.mask_rows[part],
         )
+
+    def no_candidates(self, n: int) -> None:
+        """As `walk`, in a step without blocks: every next block is line 0."""
+        self.next_depths[:n] = 0
+
+    def choose_lines(self, input_batch: InputBatch, width: int) -> torch.Tensor:
+        """`[B]` int32, lines of the next blocks, of the template with `width` draft tokens; kept by slot."""
+        template, first_line = self._templates[width]
+        line = self.next_depths[: input_batch.num_reqs].clamp(max=template.max_depth) + first_line
+        self.line_of_slot[input_batch.idx_mapping] = line
+        self._nodes_of_slot_np[input_batch.idx_mapping_np] = template.num_nodes
+        return line
+
+    def candidate_rows(self, part: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the step whose logits give candidates, and where each request finds them.
+
+        `[requests of the part * depths]` int64, and `[requests of the part, max_depth]` int32: which of
+        those rows predicts depth d+1.
+        """
+        depths = self._templates[width][0].max_depth
+        rows = self.mask_rows[part, :depths].flatten().clamp(min=0).long()
+        first = self._requests[: part.stop - part.start, None] * depths
+        return rows, first + self._depths

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -70,12 +74,15 @@ def put_in_adapter(
     vocab_size = model_config.get_vocab_size()
     insert_mask_embedding(model, adapter.mask_embeddings.to(device), vocab_size)
     added = adapter.mask_embeddings.nbytes
+    rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
         _refuse_layer(name, layer, impl_cls)
         index = extract_layer_index(name)
         added += layer.impl.set_prompt_tokens(
-            adapter.prompt_keys[index].to(device, prompt_dtype),
-            adapter.prompt_values[index].to(device, prompt_dtype),
+            *(
+                own_kv_heads(tokens[index], rank, num_ranks).to(device, prompt_dtype)
+                for tokens in (adapter.prompt_keys, adapter.prompt_values)
+            )
         )
     logger.info(
         "bita: adapter %s, step block of %s, %.1f MiB added.",
@@ -83,6 +90,38 @@ def put_in_adapter(
         settings.template.describe(),
         added / 2**20,
     )
+
+
+def own_kv_heads(
+    # [P, Hkv, D]
+    tokens: torch.Tensor,
+    rank: int,
+    num_ranks: int,
+) -> torch.Tensor:
+    """`[P, own Hkv, D]`, the KV heads of a tensor-parallel rank, as vLLM's QKVParallelLinear deals them out.
+
+    With fewer heads than ranks each head is on several ranks.
+    """
+    num_heads = tokens.shape[1]
+    if num_heads < num_ranks:
+        head = rank // (num_ranks // num_heads)
+        return tokens[:, head : head + 1]
+    own = num_heads // num_ranks
+    return tokens[:, rank * own : (rank + 1) * own]
+
+
+def keep_through_sleep(model: nn.Module, *owners: Any) -> None:
+    """Make the tensors that `owners` hold buffers of the model.
+
+    vLLM's sleep mode throws away what was made while the model was loaded, at level 2, but for the model's
+    buffers: those it saves, and fills in place on waking up (gpu_worker.py).
+    """
+    held = (value for owner in owners for value in vars(owner).values())
+    module = nn.Module()
+    for index, value in enumerate(held):
+        if torch.is_tensor(value) and not isinstance(value, nn.Parameter):
+            module.register_buffer(f"tensor_{index}", value, persistent=False)
+    model.add_module("bita_tensors", module)
 
 
 def _refuse_layer(name: str, layer: Attention, impl_cls: Any) -> None:

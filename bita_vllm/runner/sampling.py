@@ -16,8 +16,30 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.sampler import Sampler
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    from bita_vllm.runner.blocks import StepBlocks
+
+
+def constrain_nodes(
+    # [N, V], changed in place
+    logits: torch.Tensor,
+    blocks: StepBlocks,
+    request_ids: list[str],
+    grammar: GrammarOutput,
+) -> None:
+    """Forbid at every node what its grammar forbids there: `BlockGrammar` made the bitmasks."""
+    ids = grammar.structured_output_request_ids
+    order = np.array([request_ids.index(request_id) for request_id in ids])
+    num_nodes = blocks.num_nodes[order]
+    masks = grammar.grammar_bitmask.reshape(len(ids), -1, grammar.grammar_bitmask.shape[1])
+    inside = np.arange(masks.shape[1]) < num_nodes[:, None]
+    rows = torch.from_numpy((blocks.first_node[order][:, None] + np.arange(masks.shape[1]))[inside])
+    words = torch.from_numpy(masks[inside])
+    allowed = (words[..., None] >> torch.arange(32, dtype=torch.int32) & 1).flatten(1).bool()
+    logits[rows] = logits[rows].masked_fill(~allowed[:, : logits.shape[1]], -torch.inf)
 
 
 class GreedyTargets:

@@ -68,7 +68,9 @@ def _record_gpu(patch: pytest.MonkeyPatch, steps: list[StepRecord]) -> None:
         output = sample(self, hidden_states, batch, grammar)
         trees, counts = self.model_state.trees, output[1].numpy()
         tokens = output[0].sampled_token_ids.numpy()
-        _append(steps, batch.req_ids, trees.line.tolist(), trees.path.numpy(), tokens, counts)
+        depths = trees.table.num_depths[trees.line.clamp(min=0).long()]
+        lines = torch.where(trees.line >= 0, depths, -1).tolist()
+        _append(steps, batch.req_ids, lines, trees.path.numpy(), tokens, counts)
         return output
 
     patch.setattr(BitaGPUModelRunner, "sample", recording)
@@ -171,27 +173,36 @@ def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
 
 
 def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
-    from bita_vllm.runner.gpu import BitaGPUModelRunner
+    from bita_vllm.runner.gpu import BitaGPUModelRunner, BlockSpeculator
 
     rng = np.random.default_rng(0)
-    sample = BitaGPUModelRunner.sample
+    runners: list[BitaGPUModelRunner] = []
+    sample, propose = BitaGPUModelRunner.sample, BlockSpeculator.propose
 
-    def sampling(self: BitaGPUModelRunner, hidden_states: Any, batch: Any, grammar: Any) -> Any:
-        output = sample(self, hidden_states, batch, grammar)
-        table, states = TemplateTable(self.settings.template), self.req_states
-        emitted, counts = output[0].sampled_token_ids, output[1]
+    def sampling(self: BitaGPUModelRunner, *args: Any) -> Any:
+        runners[:] = [self]
+        return sample(self, *args)
+
+    def proposing(self: BlockSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = propose(self, batch, *args, **kwargs)
+        if kwargs.get("dummy_run"):
+            return drafts
+        (runner,) = runners
+        states, trees = runner.req_states, runner.model_state.trees
+        tables = [TemplateTable(t) for t in runner.settings.templates]
+        lines = [(table, line) for table in tables for line in range(len(table.num_rows))]
         for i, slot in enumerate(batch.idx_mapping.tolist()):
-            line = int(self.model_state.trees.line_of_slot[slot])
+            table, line = lines[int(trees.line_of_slot[slot])]
             prompt_len, total = int(states.prompt_len.np[slot]), int(states.total_len.gpu[slot])
             tokens = states.all_token_ids.gpu[slot, :total].tolist()
-            so_far = tokens[prompt_len:] + emitted[i, : int(counts[i])].tolist()
-            follows = continuation(tokens[:prompt_len], so_far)
+            follows = continuation(tokens[:prompt_len], tokens[prompt_len:])
             candidates = _candidates(rng, table, line, self.vocab_size, follows)
             depth, rank = table.depth[line, 1:], table.rank[line, 1:]
-            node = rank >= 0
-            self.speculator.draft_tokens[i, torch.from_numpy(node)] = torch.from_numpy(
+            node = np.flatnonzero(rank >= 0)
+            drafts[i, torch.from_numpy(node)] = torch.from_numpy(
                 candidates[depth[node] - 1, rank[node]]
             )
-        return output
+        return drafts
 
     patch.setattr(BitaGPUModelRunner, "sample", sampling)
+    patch.setattr(BlockSpeculator, "propose", proposing)

@@ -9,12 +9,16 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
+from e2e.device_reads import OURS, device_reads
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from bita_vllm import config as bita_config
+from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.tree import Template
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,14 +67,61 @@ def case(tiny_model, tmp_path_factory):
     return model, adapter, run(model, requests(), **OPTIONS)
 
 
+def drafted_and_accepted(llm) -> tuple[int, int]:
+    return tuple(metric(llm, f"spec_decode_num_{n}_tokens") for n in ("draft", "accepted"))
+
+
+def check_sleep_keeps_the_tables(runner) -> None:
+    """vLLM's level 2 keeps buffers of the model only."""
+    kept = {buffer.data_ptr() for buffer in runner.model.buffers()}
+    trees = runner.model_state.trees
+    tensors = [t for o in (trees, trees.table) for t in vars(o).values() if torch.is_tensor(t)]
+    assert len(tensors) > 20 and {t.data_ptr() for t in tensors} <= kept
+    for context in runner.compilation_config.static_forward_context.values():
+        assert {context.impl.prompt_keys.data_ptr(), context.impl.prompt_values.data_ptr()} <= kept
+
+
+def check_profile_run(runner) -> None:
+    """It samples as many rows as a step may hold: four requests of six nodes."""
+    sampled = []
+    with pytest.MonkeyPatch.context() as patch:
+        sample = type(runner.sampler).sample
+
+        def sampling(self, logits, *args, **kwargs):
+            sampled.append(logits.shape)
+            return sample(self, logits, *args, **kwargs)
+
+        patch.setattr(type(runner.sampler), "sample", sampling)
+        hidden_size = runner.model_config.get_hidden_size()
+        runner._dummy_sampler_run(torch.zeros(4, hidden_size))
+    assert sampled[-1] == (4 * 6, runner.vocab_size)
+
+
+def test_a_read_of_the_device_is_seen():
+    code = "def leak(x):\n    if x.any():\n        return x.nonzero()\n    return x.sum().item()"
+    names = {}
+    exec(compile(code, f"{OURS[0]}/leak.py", "exec"), names)
+    with device_reads() as reads:
+        names["leak"](torch.tensor([True]))
+        torch.tensor([1]).item()  # a test's own
+    assert [read.partition(": ")[2] for read in reads] == ["Tensor.__bool__", "Tensor.nonzero"]
+
+
 @pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
 def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
     model, adapter, plain = case
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
-        outputs = generate(llm, requests())
+        before = drafted_and_accepted(llm)
+        with nullcontext([]) if drafts == "oracle" else device_reads() as reads:
+            outputs = generate(llm, requests())
+        assert not reads, "the host waits for the device"
+        drafted, accepted = (b - a for a, b in zip(before, drafted_and_accepted(llm), strict=True))
         preempted = metric(llm, "num_preemptions")
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        check_sleep_keeps_the_tables(worker.model_runner)
+        check_profile_run(worker.model_runner)
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         assert free.get_num_free_blocks() == OPTIONS["num_gpu_blocks_override"] - 1
 
@@ -85,9 +136,47 @@ def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
     lengths = [len(step.tokens) for step in steps if step.line > 0]
     print(f"{len(steps)} steps, {preempted} preemptions, lengths {sorted(lengths)}")
     assert len(lengths) > 20
+    # Padded blocks without candidates offer no depth; cut ones offer less than their line.
+    assert 0 < drafted <= sum(max(step.line, 0) for step in steps)
+    assert accepted == sum(len(step.tokens) - 1 for step in steps)
     if drafts == "oracle":
         assert max(lengths) == 3
         assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
+
+
+def test_tokens_equal_plain_v2_on_a_ladder(case, monkeypatch):
+    """Four requests decode plainly, three and two with narrow blocks, one with wide ones."""
+    model, adapter, plain = case
+    wide, narrow = Template.from_widths([3, 2], 3), Template.from_widths([2], 3)
+    table = [(1, 1, wide.num_rows - 1), (2, 3, narrow.num_rows - 1), (4, 4, 0)]
+    build = bita_config.build_speculative_config
+
+    def with_ladder(*args):
+        config = build(*args)
+        config.num_speculative_tokens_per_batch_size = table
+        return config
+
+    monkeypatch.setattr(bita_config, "build_speculative_config", with_ladder)
+    monkeypatch.setattr(
+        bita_config.BitaSettings, "templates", property(lambda self: (wide, narrow))
+    )
+    bita = {"model": str(adapter), "tree": "3,2"}
+    widths = []
+    choose = StepTrees.choose_lines
+
+    def choosing(self, batch, width):
+        widths.append(width)
+        return choose(self, batch, width)
+
+    monkeypatch.setattr(StepTrees, "choose_lines", choosing)
+    with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **OPTIONS) as llm:
+        outputs = generate(llm, requests())
+    for kind, expected, output in zip(KINDS, plain, outputs, strict=True):
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids, kind
+    assert {wide.num_rows - 1, narrow.num_rows - 1} == set(widths)
+    assert any(step.line == -1 for step in steps)
+    assert {len(step.tokens) for step in steps if step.line == 1} == {1, 2}
+    assert {len(step.tokens) for step in steps if step.line == 2} >= {2, 3}
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -14,7 +14,6 @@ from e2e.engines import engine, generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
 
 VOCAB_SIZE = 512
 EOS = 1
@@ -195,13 +194,13 @@ def test_aborted_requests_leave_the_others_alone(arms, tiny_model, tmp_path):
         assert list(finished[name].outputs[0].token_ids) == expected
 
 
-def test_structured_output_is_refused_in_a_sentence(tiny_model, tmp_path):
+def test_thinking_budget_is_refused_in_a_sentence(tiny_model, tmp_path):
     model = tiny_model("llama", vocab_size=VOCAB_SIZE)
     bita = {"model": str(make_adapter(model, tmp_path)), "tree": "2,1"}
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    params = SamplingParams(thinking_token_budget=4)
     with engine(model, bita) as llm:
         with pytest.raises(
-            VLLMValidationError, match=r"Structured output .* is not supported"
+            VLLMValidationError, match=r"thinking_token_budget.* is not supported"
         ) as error:
             generate(llm, [([5, 6, 7], params)])
         assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """A real `vllm serve` process with bita, and OpenAI clients."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -190,15 +191,12 @@ def test_logprobs_come_with_every_token(server, alone):
         assert entry.logprob == entry.top_logprobs[0].logprob <= 0
 
 
-def test_structured_output_is_refused_with_one_sentence(server, alone):
-    schema = {"name": "city", "schema": {"type": "object", "properties": {}}}
-    with pytest.raises(openai.BadRequestError) as refused:
-        chat(server, response_format={"type": "json_schema", "json_schema": schema})
-    assert refused.value.status_code == 400
-    message = refused.value.body["message"]
-    assert message.startswith("Structured output")
-    assert "not supported with speculative method 'bita'" in message
-    assert "\n" not in message
+def test_structured_output_follows_its_schema(server, alone):
+    properties = {"capital": {"enum": ["Paris", "Rome"]}, "sunny": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    wanted = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    content = chat(server, response_format=wanted, max_tokens=64).choices[0].message.content
+    assert json.loads(content).keys() == properties.keys()
     assert chat(server).choices[0].message.content == alone[0]
 
 

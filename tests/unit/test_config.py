@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import SamplingParams
 
 from bita_vllm import config as bita_config
 from bita_vllm import plugin
@@ -340,9 +340,9 @@ def test_request_that_bita_serves_is_let_through(make, params):
     verify(make, **params)
 
 
-def test_structured_output_request_is_refused(make):
-    with pytest.raises(VLLMValidationError, match="Structured output"):
-        verify(make, structured_outputs=StructuredOutputsParams(regex="a+"))
+def test_request_with_a_thinking_budget_is_refused(make):
+    with pytest.raises(VLLMValidationError, match="thinking_token_budget"):
+        verify(make, thinking_token_budget=4)
 
 
 @pytest.fixture

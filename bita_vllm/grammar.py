@@ -1,0 +1,124 @@
+"""Structured output over step blocks: a bitmask row for every node, from the grammar along its own path.
+
+vLLM's manager advances a request's grammar along a chain of drafts and rolls it back. A tree is the
+chains from its root to its leaves: the manager is asked for each, so that termination and the end of
+reasoning inside a draft are its own. Mask ids never reach it.
+Source: vllm/v1/structured_output/__init__.py, Scheduler.get_grammar_bitmask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from bita_vllm.tree import TemplateTable
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+    from vllm.v1.structured_output import StructuredOutputManager
+
+
+class BlockGrammar:
+    """In the scheduler in place of vLLM's StructuredOutputManager, which it asks for all the rest."""
+
+    def __init__(
+        self,
+        manager: StructuredOutputManager,
+        # of every template that blocks are made from
+        tables: Sequence[TemplateTable],
+        first_mask_id: int,
+    ) -> None:
+        self._manager, self._tables, self._first_mask_id = manager, tables, first_mask_id
+        self._rows_each = max(table.template.num_nodes for table in tables)
+        # a request's drafts before the scheduler cuts them, and the parent row of each node
+        self._blocks: WeakKeyDictionary[Request, tuple[list[int], np.ndarray]] = WeakKeyDictionary()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def validate_tokens(self, request: Request, tokens: list[int]) -> list[int]:
+        """Drafts as they are, if it is known how they hang together; else none of them."""
+        if not request.use_structured_output:
+            return tokens
+        parents = self._parents(tokens)
+        if parents is None:
+            return []
+        self._blocks[request] = list(tokens), parents
+        return tokens
+
+    def grammar_bitmask(
+        self,
+        requests: dict[str, Request],
+        request_ids: list[str],
+        scheduled: dict[str, list[int]],
+    ) -> np.ndarray | None:
+        """`[requests * N, V / 32]` int32, N nodes each, all ones where no walk comes; without blocks as vLLM's.
+
+        `scheduled` holds the step's drafts by request, less what was cut from them, or -1s where the
+        scheduler does not know them: then there is a bitmask for the root only.
+        """
+        if not scheduled or not request_ids:
+            return self._manager.grammar_bitmask(requests, request_ids, scheduled)
+        masks: np.ndarray | None = None
+        for index, request_id in enumerate(request_ids):
+            request, tokens = requests[request_id], scheduled.get(request_id, [])
+            for path in self._paths(request, tokens):
+                chain = {request_id: [tokens[row - 1] for row in path]}
+                filled = self._manager.grammar_bitmask(requests, [request_id], chain)
+                assert filled is not None
+                if masks is None:
+                    rows = len(request_ids) * self._rows_each
+                    masks = np.full((rows, filled.shape[1]), -1, dtype=np.int32)
+                first = index * self._rows_each
+                masks[[first, *(first + row for row in path)]] = filled[: len(path) + 1]
+        return masks
+
+    def _paths(self, request: Request, tokens: list[int]) -> list[tuple[int, ...]]:
+        """Longest paths from the root that the grammar accepts, as node rows without the root."""
+        whole, parents = self._blocks.get(request, ([], np.zeros(0, dtype=np.int32)))
+        if not tokens or tokens != whole[: len(tokens)]:
+            return [()]
+        nodes = range(1, min(len(parents), len(tokens) + 1))
+        inner = {int(parents[row]) for row in nodes}
+        accepted: set[tuple[int, ...]] = {()}
+        for leaf in nodes:
+            if leaf in inner:
+                continue
+            path = [leaf]
+            while parents[path[0]] > 0:
+                path.insert(0, int(parents[path[0]]))
+            valid = self._manager.validate_tokens(request, [tokens[row - 1] for row in path])
+            accepted.add(tuple(path[: len(valid)]))
+        return [
+            path
+            for path in accepted
+            if not any(path == other[: len(path)] for other in accepted if other != path)
+        ]
+
+    def _parents(self, tokens: list[int]) -> np.ndarray | None:
+        """Parent row of the root and each node, or None if templates leave it open.
+
+        The first mask id ends the nodes. A block that was cut before it may fit several lines.
+        """
+        if not tokens or min(tokens) < 0:
+            return None
+        is_mask = (i for i, token in enumerate(tokens) if token >= self._first_mask_id)
+        num_nodes = next(is_mask, None)
+        fitting = [table for table in self._tables if table.template.num_rows > len(tokens)]
+        exact = [table for table in fitting if table.template.num_rows == len(tokens) + 1]
+        found = [
+            table.parent[line, : min(table.num_nodes[line], len(tokens) + 1)]
+            for table in exact or fitting
+            for line in range(len(table.num_nodes))
+            if (
+                table.num_nodes[line] == num_nodes + 1
+                if num_nodes is not None
+                else table.num_nodes[line] > len(tokens)
+            )
+        ]
+        if found and all(np.array_equal(parents, found[0]) for parents in found):
+            return found[0]
+        return None

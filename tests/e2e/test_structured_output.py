@@ -1,0 +1,98 @@
+"""fp32: structured output is plain vLLM's, token by token, whatever the drafts; on both runners.
+
+JSON schemas, a regex and choices, greedy and seeded, beside requests without structure. On the V2
+runner (`--runner gpu`) there are fewer: a step takes tenths of a second in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import nullcontext
+
+import pytest
+from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.inspection import known, oracle, recorded_steps
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+pytestmark = pytest.mark.slow
+NUM_SCHEMAS = 4 if ON_GPU_RUNNER else 50
+OPTIONS = {
+    "max_model_len": 128,
+    "max_num_seqs": 4 if ON_GPU_RUNNER else 8,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+
+
+def schema(i: int) -> dict:
+    """Ends by itself, even for a random model."""
+    kinds = [
+        {"type": "boolean"},
+        {"enum": ["north", "south", i]},
+        {"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 1, "maxItems": 2},
+        {"type": "string", "pattern": "^[a-c]{1,4}$"},
+    ]
+    properties = {f"p{n}": kinds[(i + n) % 4] for n in range(1 + i % 2)}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def make_requests() -> list[tuple[list[int], SamplingParams]]:
+    requests = []
+    for i in range(NUM_SCHEMAS):
+        sampling = {"temperature": 0} if i % 2 else {"temperature": 1.0, "seed": i}
+        if (
+            i % 5 == 0 and not ON_GPU_RUNNER
+        ):  # there a sampler call a depth; test_gpu_runner.py has it
+            sampling["repetition_penalty"] = 1.2
+        structure = StructuredOutputsParams(json=schema(i))
+        requests.append((structure, sampling))
+    requests.append((StructuredOutputsParams(regex="(ab|c)+d"), {"temperature": 0}))
+    requests.append((StructuredOutputsParams(choice=["left", "right"]), {"logprobs": 2, "seed": 1}))
+    requests.append((None, {"temperature": 0.8, "seed": 2}))
+    return [
+        (
+            [259 + (7 * i + n) % 250 for n in range(4 + i % 5)],  # letters
+            SamplingParams(max_tokens=24, structured_outputs=structure, **sampling),
+        )
+        for i, (structure, sampling) in enumerate(requests)
+    ]
+
+
+@pytest.fixture(scope="module")
+def case(tiny_model, tmp_path_factory):
+    model = tiny_model("llama", vocab_size=512)
+    adapter = make_adapter(model, tmp_path_factory.mktemp("adapter"))
+    with engine(model, **OPTIONS) as llm:
+        return model, adapter, generate(llm, make_requests())
+
+
+@pytest.mark.parametrize("drafts", ["oracle", "random adapter"])
+def test_output_equals_plain_vllm(case, drafts):
+    model, adapter, plain = case
+    source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
+    bita = {"model": str(adapter), "tree": "2,1"}
+    with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
+        outputs = generate(llm, make_requests())
+    for i, (ours, theirs) in enumerate(zip(outputs, plain, strict=True)):
+        assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids), i
+        assert ours.outputs[0].finish_reason == theirs.outputs[0].finish_reason
+    lengths = [len(step.tokens) for step in steps if step.line > 0]
+    print(f"{len(lengths)} blocks with candidates, {sum(lengths)} tokens")
+    assert sum(lengths) > len(lengths) or drafts != "oracle"
+
+
+def test_outputs_are_what_was_asked_for(case):
+    _, _, plain = case
+    for i in range(NUM_SCHEMAS):
+        completion = plain[i].outputs[0]
+        assert completion.finish_reason == "stop"
+        assert json.loads(completion.text).keys() == schema(i)["properties"].keys()
+    regex, choice = (plain[NUM_SCHEMAS + n].outputs[0] for n in (0, 1))
+    assert re.fullmatch("(ab|c)+d", regex.text) or regex.finish_reason == "length"
+    assert choice.text in ("left", "right")
