@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bita_kernels.add_mask_lora import add_mask_lora
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.build_block import build_block, workspace_shape
 from bita_kernels.move_kv import LayerCaches, move_kv
@@ -17,6 +18,7 @@ from bita_kernels.tree_table import TreeTable
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput
@@ -33,7 +35,27 @@ from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
+from bita_vllm.runner.mask_lora import opaque_operation
 from bita_vllm.tree import TemplateTable
+
+
+def _add_mask_lora_to_blocks(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    parts: torch.Tensor,
+    mask_rows: torch.Tensor,
+    num_mask_rows: torch.Tensor,
+) -> None:
+    """As add_mask_lora, but nothing is launched where the host knows that there are none (prefill)."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, dict) and not next(iter(metadata.values())).may_have_mask_rows:
+        return
+    add_mask_lora(output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows)
+
+
+add_mask_lora_to_blocks = opaque_operation("add_mask_lora_gpu", _add_mask_lora_to_blocks)
 
 
 class BitaGPUWorker(Worker):
@@ -69,6 +91,7 @@ class BitaModelState(DefaultModelState):
     """Positions of the tree, and the step's trees for the attention layers."""
 
     trees: StepTrees
+    max_captured: int  # rows of the largest CUDA graph
 
     def prepare_attn(
         self,
@@ -86,8 +109,11 @@ class BitaModelState(DefaultModelState):
         trees.begin(input_batch, block_tables)
         metadata = super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
         has_trees = input_batch.num_draft_tokens > 0 or kwargs.get("for_capture", False)
+        # vLLM captures piecewise graphs, which may replay with trees, in steps without.
+        may_be_captured = input_batch.num_tokens_after_padding <= self.max_captured
         for shared in metadata.values():
             shared.trees = trees if has_trees else None
+            shared.may_have_mask_rows = has_trees or may_be_captured
         return metadata
 
 
@@ -131,8 +157,14 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
     ) -> BitaModelState:
         """vLLM's model state for the loaded model; the adapter goes into the model."""
-        put_in_adapter(
-            model, vllm_config, self.settings, TreeTritonAttentionImpl, self.dtype, device
+        lora_rows = put_in_adapter(
+            model,
+            vllm_config,
+            self.settings,
+            TreeTritonAttentionImpl,
+            self.dtype,
+            add_mask_lora_to_blocks,
+            device,
         )
         for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
             layer.impl.config = AttentionConfig.choose(
@@ -145,6 +177,8 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         state = BitaModelState(vllm_config, model, encoder_cache, device)
         table = TreeTable.of(TemplateTable(self.settings.template), device)
         state.trees = StepTrees(table, self.max_num_reqs, device)
+        state.trees.lora_rows = lora_rows
+        state.max_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return state
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:

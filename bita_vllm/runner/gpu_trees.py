@@ -10,6 +10,8 @@ from bita_kernels.accept_tree import accept_tree
 from bita_kernels.tree_table import TreeTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from bita_vllm.runner.mask_lora import MaskRows
+
 
 class StepTrees:
     """B requests of a step in batch order; slots are vLLM's places of requests between steps.
@@ -24,7 +26,10 @@ class StepTrees:
         tokens, path, num_emitted, last_node, next_line, mask_rows: outputs of `accept_tree`.
         logits_rows: `[max_num_reqs, max_depth]` int32, row of each of `mask_rows` among their logits.
         block_tables: one `[B or more, max blocks]` int32 for each KV cache group.
+        lora_rows: the mask rows of the step, for the adapter's low-rank deltas; None without deltas.
     """
+
+    lora_rows: MaskRows | None = None
 
     def __init__(self, table: TreeTable, max_num_reqs: int, device: torch.device) -> None:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -66,6 +71,8 @@ class StepTrees:
         self.context_len[:n] = input_batch.positions[self.first_row[:n].long()]
         if input_batch.num_draft_tokens:
             self._shift_positions(input_batch.positions, n)
+        if self.lora_rows is not None:
+            self._find_mask_rows(self.lora_rows)
 
     def _shift_positions(
         self,
@@ -79,6 +86,18 @@ class StepTrees:
         rows = torch.where(inside, self.first_row[:n, None] + self._places, 0)
         shift = torch.where(inside, depth - self._places, 0)
         positions.index_add_(0, rows.flatten(), shift.flatten())
+
+    def _find_mask_rows(self, found: MaskRows) -> None:
+        """Rows that hold masks, ascending and without gaps."""
+        line = self.line.clamp(min=0).long()
+        inside = (self.line >= 0)[:, None] & (self.table.mask_index[line] >= 0)
+        inside &= self._places < self.num_rows[:, None]
+        count = inside.flatten().cumsum(0)
+        # All others go to the last place, which is never in use.
+        place = torch.where(inside.flatten(), count - 1, len(found.rows) - 1)
+        rows = self.first_row[:, None] + self._places
+        found.rows.scatter_(0, place, rows.flatten())
+        found.num.copy_(count[-1:])
 
     def node_rows(self, n: int) -> torch.Tensor:
         """`[n, max_nodes]` int64, rows of the step that hold nodes; a request's last one is repeated."""
