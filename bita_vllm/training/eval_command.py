@@ -106,7 +106,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         parse_tree,
         save_acceptance,
     )
-    from bita_vllm.training.mask_model import MaskModel, load_adapter
+    from bita_vllm.training.mask_model import MaskModel
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
 
@@ -114,9 +114,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     require_at_least(args, limits)
     engine_args = parse_engine_args(args)
     adapter_dir = resolve_adapter_dir(args.adapter)
-    if args.engine:
-        AdapterConfig.load(adapter_dir)  # refuses what the engine cannot serve
-    config = load_adapter(adapter_dir).config
+    config = AdapterConfig.load(adapter_dir)
     trees = args.tree or [tree for tree in DEFAULT_TREES if _fits(tree, config)]
     for tree in trees:
         parse_tree(tree, config, None)  # what cannot be is refused before anything is computed

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bita_vllm.adapter import MASK_LORA_DIR, save_adapter
+from bita_vllm.adapter import save_adapter
 from bita_vllm.training.batches import (
     IGNORED,
     BatchPlan,
@@ -263,8 +263,6 @@ class Trainer:
                 },
             }
             save_adapter(self.out, replace(adapter, config=replace(adapter.config, raw=raw)))
-            if self.model.lora is not None:
-                self.model.lora.save(self.out / MASK_LORA_DIR, self.model.base)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
