@@ -59,9 +59,12 @@ def main() -> None:
         ratio = rows[-2]["mask_rows_per_second"] / rows[-1]["mask_rows_per_second"]
         gap = abs(measured[WAYS[0]][0]["loss"] - measured[WAYS[1]][0]["loss"])
         print(f"{case}: {ratio:.2f} times the full-mask trainer; losses differ by {gap:.1e}")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
+        write_csv(Path(args.out), rows)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -132,7 +135,7 @@ def measure(way: str, case: str, args: dict[str, Any]) -> dict[str, Any]:
             parameter.grad = None
         loss.backward()
         seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {
         "seconds": seconds[1:],
         "rows": num_rows,

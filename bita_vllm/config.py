@@ -55,6 +55,7 @@ class BitaSettings:
         num_speculative_tokens: R-1, what vLLM's scheduler counts as draft tokens.
         template: the step block.
         num_mask_tokens: k of the adapter; mask ids are V to V+k-1.
+        mask_lora: rank and modules of the adapter's low-rank deltas, if it has any.
     """
 
     adapter_dir: str
@@ -62,6 +63,7 @@ class BitaSettings:
     num_speculative_tokens: int
     template: Template
     num_mask_tokens: int
+    mask_lora: tuple[int, tuple[str, ...]] | None = None
 
     @property
     def templates(self) -> tuple[Template, ...]:
@@ -109,8 +111,9 @@ class BitaSpeculativeConfig(SpeculativeConfig):
         return False
 
     def compute_hash(self) -> str:
-        """The embedding of mask ids is part of the compiled graph, so it is part of the hash."""
-        factors = (super().compute_hash(), METHOD, self.bita.num_mask_tokens)
+        """The embedding of mask ids and the deltas are part of the compiled graph, so of the hash."""
+        bita = self.bita
+        factors = (super().compute_hash(), METHOD, bita.num_mask_tokens, bita.mask_lora)
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 
     def __repr__(self) -> str:
@@ -168,9 +171,8 @@ def build_speculative_config(
     adapter_dir = str(resolve_adapter_dir(name))
     adapter_config = AdapterConfig.load(adapter_dir)
     shape = ModelShape.from_hf_config(model_config.hf_text_config)
-    Adapter.load(
-        adapter_dir, shape
-    )  # under 10 MB: a bad adapter is refused before any worker starts
+    # All of it, not only its config: a bad adapter is refused before any worker starts.
+    adapter = Adapter.load(adapter_dir, shape)
 
     tree, template = _choose_template(options, adapter_config)
     settings = BitaSettings(
@@ -179,6 +181,7 @@ def build_speculative_config(
         num_speculative_tokens=template.num_rows - 1,
         template=template,
         num_mask_tokens=adapter_config.num_mask_tokens,
+        mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
     return BitaSpeculativeConfig(
         num_speculative_tokens=settings.num_speculative_tokens,

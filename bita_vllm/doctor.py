@@ -116,13 +116,14 @@ def _check_adapter(adapter: str, model: str | None) -> Check:
         loaded = Adapter.load(resolve_adapter_dir(adapter), shape)
     except (AdapterError, OSError, ValueError) as error:
         return Check("adapter", False, " ".join(str(error).split()))
-    config = loaded.config
+    config, lora = loaded.config, loaded.mask_lora
+    deltas = f"deltas of rank {lora.rank} ({lora.num_bytes / 2**20:.1f} MiB), " if lora else ""
     fits = f"fits {model}" if model else f"trained for {config.verifier} (give --model to check it)"
     return Check(
         "adapter",
         True,
         f"{config.num_mask_tokens} mask tokens, {config.num_prompt_tokens} prompt tokens, "
-        f"{loaded.num_bytes / 2**20:.1f} MiB; {fits}",
+        f"{deltas}{loaded.num_bytes / 2**20:.1f} MiB; {fits}",
     )
 
 

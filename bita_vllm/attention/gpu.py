@@ -29,9 +29,15 @@ MAX_WORKSPACE_BYTES = 2**28
 
 @dataclass
 class TreeTritonMetadata(TritonAttentionMetadata):
-    """Stock metadata plus the step's trees (None: every row is causal)."""
+    """Stock metadata plus the step's trees.
+
+    Attributes:
+        trees: None if every row is causal.
+        may_have_mask_rows: False if the step has none, and no graph of it will replay with some.
+    """
 
     trees: StepTrees | None = None
+    may_have_mask_rows: bool = True
 
 
 class TreeTritonMetadataBuilder(TritonAttentionMetadataBuilder):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
+from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
@@ -24,6 +25,7 @@ from bita_vllm.attention.cpu import (
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks, Walk
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
+from bita_vllm.runner.mask_lora import opaque_operation
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import TemplateTable
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 # measured on SmolLM2's head (49152 x 576, fp32, one core): 4 rows 12 ms against 10 + 9, 16 rows 29
 # against 18 + 9.
 MAX_ROWS_IN_ONE_LOGITS_PASS = 16
+
+add_mask_lora = opaque_operation("add_mask_lora_cpu", add_mask_lora_naive)
 
 
 class BitaCPUWorker(cpu_worker.CPUWorker):
@@ -70,12 +74,13 @@ class BitaCPUModelRunner(CPUModelRunner):
         """Load the base model with tree attention in its layers, then the adapter."""
         with attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend):
             super().load_model(load_dummy_weights)
-        put_in_adapter(
+        self._step_mask_rows = put_in_adapter(
             self.model,
             self.vllm_config,
             self.settings,
             TreeCPUAttentionImpl,
             torch.float32,  # what tree attention computes in
+            add_mask_lora,
             self.device,
         )
 
@@ -103,6 +108,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         offset = torch.from_numpy(blocks.depth_of_rows())
         self.positions[: len(offset)] += offset
         self._blocks = blocks
+        if self._step_mask_rows is not None:
+            self._step_mask_rows.set(blocks.mask_rows())
         rows = np.concatenate([blocks.node_rows(), blocks.mask_rows()])
         if len(rows) > MAX_ROWS_IN_ONE_LOGITS_PASS:
             rows = blocks.node_rows()
@@ -211,6 +218,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         blocks, walk = self._blocks, self._walk
         assert blocks is not None and walk is not None
         self._blocks = self._walk = None
+        if self._step_mask_rows is not None:
+            self._step_mask_rows.num.zero_()  # vLLM's dummy steps have none
         upcoming = blocks.next_blocks(walk)
         mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
         top_tokens = np.zeros((0, self.settings.template.max_rank), dtype=np.int64)

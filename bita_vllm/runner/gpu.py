@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from bita_kernels.add_mask_lora import add_mask_lora
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.build_block import build_block, workspace_shape
 from bita_kernels.move_kv import LayerCaches, move_kv
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput
@@ -48,12 +50,32 @@ from bita_vllm.runner.loading import (
     put_in_adapter,
     replaced,
 )
+from bita_vllm.runner.mask_lora import opaque_operation
 
 
 def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:
     """Runs of requests whose logits are held at once: as many as vLLM's rejection sampler holds."""
     most = max(1, get_max_chunk_logits(vocab_size) // rows_each)
     return [slice(start, min(start + most, num_requests)) for start in range(0, num_requests, most)]
+
+
+def _add_mask_lora_to_blocks(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    parts: torch.Tensor,
+    mask_rows: torch.Tensor,
+    num_mask_rows: torch.Tensor,
+) -> None:
+    """As add_mask_lora, but nothing is launched where the host knows that there are none (prefill)."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, dict) and not next(iter(metadata.values())).may_have_mask_rows:
+        return
+    add_mask_lora(output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows)
+
+
+add_mask_lora_to_blocks = opaque_operation("add_mask_lora_gpu", _add_mask_lora_to_blocks)
 
 
 class BitaGPUWorker(Worker):
@@ -130,6 +152,7 @@ class BitaModelState(DefaultModelState):
     """Positions of the tree, and the step's trees for the attention layers."""
 
     trees: StepTrees
+    max_captured: int  # rows of the largest CUDA graph
 
     def prepare_attn(
         self,
@@ -147,8 +170,11 @@ class BitaModelState(DefaultModelState):
         trees.begin(input_batch, block_tables)
         metadata = super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
         has_trees = input_batch.num_draft_tokens > 0 or kwargs.get("for_capture", False)
+        # vLLM captures piecewise graphs, which may replay with trees, in steps without.
+        may_be_captured = input_batch.num_tokens_after_padding <= self.max_captured
         for shared in metadata.values():
             shared.trees = trees if has_trees else None
+            shared.may_have_mask_rows = has_trees or may_be_captured
         return metadata
 
 
@@ -195,8 +221,14 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
     ) -> BitaModelState:
         """vLLM's model state for the loaded model; the adapter goes into the model."""
-        put_in_adapter(
-            model, vllm_config, self.settings, TreeTritonAttentionImpl, self.dtype, device
+        lora_rows = put_in_adapter(
+            model,
+            vllm_config,
+            self.settings,
+            TreeTritonAttentionImpl,
+            self.dtype,
+            add_mask_lora_to_blocks,
+            device,
         )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
         state.trees = StepTrees(self.settings.templates, self.max_num_reqs, device)
@@ -206,6 +238,8 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
             layer.impl.config = self._attention_config(layer.impl)
             layer.impl.workspace = workspaces.of(layer.impl)
+        state.trees.lora_rows = lora_rows
+        state.max_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return state
 
     def _attention_config(self, impl: TreeTritonAttentionImpl) -> AttentionConfig:

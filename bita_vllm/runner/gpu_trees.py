@@ -13,6 +13,7 @@ from bita_kernels.accept_tree import accept_tree
 from bita_kernels.tree_table import TreeTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from bita_vllm.runner.mask_lora import MaskRows
 from bita_vllm.tree import Template, TemplateTable
 
 
@@ -28,7 +29,10 @@ class StepTrees:
         context_len: `[max_num_reqs]` int32, committed tokens before `first_row`.
         tokens, path, num_emitted, last_node, next_depths, mask_rows: outputs of `accept_tree`.
         block_tables: one `[B or more, max blocks]` int32 for each KV cache group.
+        lora_rows: the mask rows of the step, for the adapter's low-rank deltas; None without deltas.
     """
+
+    lora_rows: MaskRows | None = None
 
     def __init__(
         self, templates: Sequence[Template], max_num_reqs: int, device: torch.device
@@ -73,6 +77,8 @@ class StepTrees:
         if input_batch.num_draft_tokens:
             longest = min(int(input_batch.num_scheduled_tokens.max()), self.table.num_rows)
             self._shift_positions(input_batch.positions, n, self._places[:longest])
+        if self.lora_rows is not None:
+            self._find_mask_rows(self.lora_rows)
 
     def _shift_positions(
         self,
@@ -99,6 +105,18 @@ class StepTrees:
         own = torch.where(self.line[part] >= 0, self.num_rows[part], 1)
         places = torch.minimum(self._places[:num_nodes], own[:, None] - 1)
         return self.first_row[part, None].long() + places
+
+    def _find_mask_rows(self, found: MaskRows) -> None:
+        """Rows that hold masks, ascending and without gaps."""
+        line = self.line.clamp(min=0).long()
+        inside = (self.line >= 0)[:, None] & (self.table.mask_index[line] >= 0)
+        inside &= self._places < self.num_rows[:, None]
+        count = inside.flatten().cumsum(0)
+        # All others go to the last place, which is never in use.
+        place = torch.where(inside.flatten(), count - 1, len(found.rows) - 1)
+        rows = self.first_row[:, None] + self._places
+        found.rows.scatter_(0, place, rows.flatten())
+        found.num.copy_(count[-1:])
 
     def walk(
         self,

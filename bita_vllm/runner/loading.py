@@ -23,6 +23,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from bita_vllm.adapter import Adapter, ModelShape
 from bita_vllm.config import BitaSettings
 from bita_vllm.runner.embedding import insert_mask_embedding
+from bita_vllm.runner.mask_lora import AddMaskLora, MaskRows, put_in_mask_lora
 
 logger = init_logger("vllm.bita")
 
@@ -57,12 +58,16 @@ def put_in_adapter(
     impl_cls: type,
     # that tree attention reads prompt tokens in
     prompt_dtype: torch.dtype,
+    add_mask_lora: AddMaskLora,
     device: torch.device,
-) -> None:
-    """Mask embeddings into the model, prompt tokens into every layer; one line in the log.
+) -> MaskRows | None:
+    """Mask embeddings into the model, prompt tokens and deltas into every layer; one line in the log.
 
     Args:
         impl_cls: tree attention, whose layers have `set_prompt_tokens` and say `takes_sinks`.
+
+    Returns:
+        What must say of each step which rows are mask rows; None if the adapter has no deltas.
 
     Raises:
         ValueError: the adapter does not fit, or a layer's attention is not supported.
@@ -84,12 +89,23 @@ def put_in_adapter(
                 for tokens in (adapter.prompt_keys, adapter.prompt_values)
             )
         )
+    mask_rows, deltas = None, ""
+    if adapter.mask_lora is not None:
+        # One more place than a step has rows.
+        mask_rows = MaskRows(vllm_config.scheduler_config.max_num_batched_tokens + 1, device)
+        delta_bytes = put_in_mask_lora(
+            model, adapter.mask_lora, mask_rows, add_mask_lora, model_config.dtype, device
+        )
+        added += delta_bytes
+        deltas = f", deltas of rank {adapter.mask_lora.rank} ({delta_bytes / 2**20:.1f} MiB)"
     logger.info(
-        "bita: adapter %s, step block of %s, %.1f MiB added.",
+        "bita: adapter %s, step block of %s%s, %.1f MiB added.",
         settings.adapter_dir,
         settings.template.describe(),
+        deltas,
         added / 2**20,
     )
+    return mask_rows
 
 
 def own_kv_heads(

@@ -106,17 +106,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         parse_tree,
         save_acceptance,
     )
-    from bita_vllm.training.mask_model import MaskModel, load_adapter
-    from bita_vllm.training.provenance import versions
+    from bita_vllm.training.mask_model import MaskModel
+    from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
 
     limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
     require_at_least(args, limits)
     engine_args = parse_engine_args(args)
     adapter_dir = resolve_adapter_dir(args.adapter)
-    if args.engine:
-        AdapterConfig.load(adapter_dir)  # refuses what the engine cannot serve
-    config = load_adapter(adapter_dir).config
+    config = AdapterConfig.load(adapter_dir)
     trees = args.tree or [tree for tree in DEFAULT_TREES if _fits(tree, config)]
     for tree in trees:
         parse_tree(tree, config, None)  # what cannot be is refused before anything is computed
@@ -151,8 +149,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     acceptance = {
         **acceptance_statistics(ranks),
         **origin,
-        "model": _portable(model),
-        "data": _portable(args.data or args.prompts),
+        "model": portable_name(model),
+        "data": portable_name(args.data or args.prompts),
     }
     templates = {tree: parse_tree(tree, config, acceptance["rank_probability"]) for tree in trees}
     if not args.no_save:
@@ -182,11 +180,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "acceptance": acceptance,
         "trees": rows,
     }
-
-
-def _portable(name: str) -> str:
-    """A hub name, or the last part of a path: an adapter travels, this machine's folders do not."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _fits(tree: str, config: AdapterConfig) -> bool:

@@ -1,33 +1,19 @@
-"""Low-rank deltas for mask rows only: an optional part of an adapter, in PEFT's LoRA format.
-
-`mask_lora/adapter_config.json` and `adapter_model.safetensors` are what PEFT itself would write
-for the same modules, so PEFT and vLLM's LoRA loader read them as they are.
-"""
+"""Low-rank deltas for mask rows only, trainable; as an adapter holds them: bita_vllm/mask_lora.py."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bita_vllm.adapter import AdapterError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's, in front of every module's name
+from bita_vllm.mask_lora import MaskLoraWeights, layer_number
 
 
 class MaskLora(nn.Module):
@@ -117,82 +103,31 @@ class MaskLora(nn.Module):
 
         return add_delta
 
-    def save(self, path: str | Path, base: PreTrainedModel) -> None:
-        """Write PEFT's two files to the directory `path`, each in one move. Raises AdapterError."""
-        path = Path(path)
-        tensors = {}
-        for name, a, b in zip(self.module_names, self.lora_a, self.lora_b, strict=True):
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-        layers = sorted({layer_number(name) for name in self.module_names})
-        everywhere = layers == sorted({layer_number(name) for name in linear_layers(base)})
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base.config.name_or_path,
-            "r": self.rank,
-            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
-            "target_modules": sorted({name.rpartition(".")[2] for name in self.module_names}),
-            "layers_to_transform": None if everywhere else layers,
-            "fan_in_fan_out": any(
+    def weights(self, base: PreTrainedModel) -> MaskLoraWeights:
+        """The deltas as they stand, on the CPU, as an adapter of `base` holds them."""
+        pairs = [
+            (a.detach().cpu().clone(), b.detach().cpu().clone())
+            for a, b in zip(self.lora_a, self.lora_b, strict=True)
+        ]
+        return MaskLoraWeights(
+            self.rank,
+            self.alpha,
+            dict(zip(self.module_names, pairs, strict=True)),
+            fan_in_fan_out=any(
                 isinstance(base.get_submodule(name), Conv1D) for name in self.module_names
             ),
-            "bias": "none",
-            "lora_dropout": 0.0,
-            "use_rslora": False,
-            "use_dora": False,
-            "inference_mode": True,
-        }
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temp:
-                (Path(temp) / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-                (Path(temp) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-                for file in (WEIGHTS_FILE, CONFIG_FILE):
-                    os.replace(Path(temp) / file, path / file)
-        except OSError as error:
-            raise AdapterError(
-                f"The low-rank deltas could not be written to {path} ({error})."
-            ) from error
+        )
 
     @classmethod
-    def load(cls, path: str | Path, base: PreTrainedModel) -> MaskLora:
-        """Read deltas for `base` from PEFT's two files. Raises AdapterError."""
-        path = Path(path)
-        try:
-            config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(path / WEIGHTS_FILE)
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise AdapterError(
-                f"{path} does not hold low-rank deltas in PEFT's format "
-                f"({type(error).__name__}: {error})."
-            ) from error
+    def from_weights(cls, weights: MaskLoraWeights, base: PreTrainedModel) -> MaskLora:
+        """Trainable (fp32) deltas for `base` from an adapter's. Raises AdapterError if they do not fit."""
         linear = linear_layers(base)
-        names = [name for name in linear if f"{PREFIX}{name}.lora_A.weight" in tensors]
-        if 2 * len(names) != len(tensors):
-            known = {f"{PREFIX}{name}.lora_{part}.weight" for name in names for part in "AB"}
-            stranger = sorted(set(tensors) - known)[0]
-            raise AdapterError(
-                f"{path / WEIGHTS_FILE} holds {stranger}, but {type(base).__name__} has no such "
-                "linear layer: the deltas are another model's."
-            )
-        lora = cls({name: linear[name] for name in names}, rank, alpha)
-        for name, a, b in zip(names, lora.lora_a, lora.lora_b, strict=True):
-            for parameter, part in ((a, "A"), (b, "B")):
-                tensor = tensors.get(f"{PREFIX}{name}.lora_{part}.weight")
-                if tensor is None or tensor.shape != parameter.shape:
-                    raise AdapterError(
-                        f"{path / WEIGHTS_FILE} has lora_{part} of {name} with shape "
-                        f"{None if tensor is None else list(tensor.shape)}, but the model and rank "
-                        f"{rank} need {list(parameter.shape)}."
-                    )
-                if not bool(tensor.isfinite().all()):
-                    raise AdapterError(
-                        f"{path / WEIGHTS_FILE} has values in lora_{part} of {name} that are NaN "
-                        "or infinite: its training diverged or the file is damaged."
-                    )
-                parameter.data = tensor.to(parameter.dtype)
+        weights.check_fit(linear.get, type(base).__name__)
+        sizes = {name: size for name, size in linear.items() if name in weights.modules}
+        lora = cls(sizes, weights.rank, weights.alpha)
+        for name, own_a, own_b in zip(sizes, lora.lora_a, lora.lora_b, strict=True):
+            a, b = weights.modules[name]
+            own_a.data, own_b.data = a.float().clone(), b.float().clone()
         return lora
 
 
@@ -207,9 +142,3 @@ def linear_layers(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):  # GPT-2's linear layers, weights transposed
             found[name] = (module.weight.shape[0], module.weight.shape[1])
     return found
-
-
-def layer_number(name: str) -> int:
-    """Which decoder layer the module called `name` is in, -1 for none."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else -1

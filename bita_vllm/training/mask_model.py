@@ -16,28 +16,17 @@ is checked once, by computing a short text both ways.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from bita_vllm.adapter import (
-    CONFIG_FILE,
-    MASK_LORA_DIR,
-    WEIGHTS_FILE,
-    Adapter,
-    AdapterConfig,
-    AdapterError,
-    ModelShape,
-)
+from bita_vllm.adapter import Adapter, AdapterError, ModelShape
 from bita_vllm.training.mask_attention import (
     ATTENTION_NAME,
     AttentionPass,
@@ -97,13 +86,12 @@ class MaskModel(nn.Module):
         adapter: Adapter | str | Path,
         mask_lora: MaskLora | None = None,
     ) -> MaskModel:
-        """The model with the weights of `adapter`, and of its `mask_lora/` if it is a directory
-        that has one. Raises AdapterError."""
+        """The model with the weights of `adapter`, its low-rank deltas included unless others are
+        given. Raises AdapterError."""
         if not isinstance(adapter, Adapter):
-            path = Path(adapter)
-            if mask_lora is None and (path / MASK_LORA_DIR).is_dir():
-                mask_lora = MaskLora.load(path / MASK_LORA_DIR, base)
-            adapter = load_adapter(path)
+            adapter = Adapter.load(adapter)
+        if mask_lora is None and adapter.mask_lora is not None:
+            mask_lora = MaskLora.from_weights(adapter.mask_lora, base)
         return cls(base, adapter, mask_lora)
 
     def add_lora(self, mask_lora: MaskLora) -> None:
@@ -112,12 +100,13 @@ class MaskModel(nn.Module):
         self.lora.attach(self.base)
 
     def adapter(self) -> Adapter:
-        """The adapter as it stands (without the low-rank deltas), on the CPU."""
+        """The adapter as it stands, on the CPU."""
         tensors = {
             name: getattr(self, name).detach().cpu().clone()
             for name in ("mask_embeddings", "prompt_keys", "prompt_values")
         }
-        return Adapter(self._config, **tensors)
+        mask_lora = None if self.lora is None else self.lora.weights(self.base)
+        return Adapter(self._config, **tensors, mask_lora=mask_lora)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -219,26 +208,6 @@ class MaskModel(nn.Module):
             yield
         finally:
             self.lora.enabled = True
-
-
-def load_adapter(path: Path) -> Adapter:
-    """The adapter in `path`, whether it has low-rank deltas beside it or not.
-
-    Raises AdapterError. (`Adapter.load` refuses the deltas: serving cannot do without them.)
-    """
-    if not (path / MASK_LORA_DIR).is_dir():
-        return Adapter.load(path)
-    try:
-        raw = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(path / WEIGHTS_FILE)
-        adapter = Adapter(AdapterConfig.from_dict(raw, path), **tensors)
-    except (OSError, TypeError, SafetensorError, json.JSONDecodeError) as error:
-        raise AdapterError(
-            f"The adapter {path} cannot be read ({type(error).__name__}: {error}); copy or "
-            "download it again."
-        ) from error
-    adapter.check()
-    return adapter
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:

@@ -20,6 +20,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def portable_name(name: str) -> str:
+    """A hub name, or the last part of a path: what we write travels, this machine's folders do not."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def package_version(*names: str) -> str:
     """Version of the first distribution that is installed."""
     for name in names:

@@ -30,6 +30,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--data", required=True, nargs="+", help="files made by 'bita data'")
     parser.add_argument("--out", required=True, help="adapter directory to write")
     parser.add_argument("--revision", help="revision of the model on the hub")
+    parser.add_argument(
+        "--verifier",
+        metavar="NAME",
+        help="base model that the adapter names, as where its users find it (if not given: the model)",
+    )
     add = parser.add_argument
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--start-from", metavar="ADAPTER", help="start from this adapter's weights, not afresh")
@@ -123,11 +128,10 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
     from bita_vllm.training.initial import new_model
     from bita_vllm.training.mask_lora import MaskLora
     from bita_vllm.training.mask_model import MaskModel
-    from bita_vllm.training.provenance import versions
+    from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import (
         check_tokenizer,
         check_tokens,
-        read_header,
         read_samples,
     )
     from bita_vllm.training.trainer import TrainConfig, Trainer
@@ -153,8 +157,9 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
             )
     else:
         text = [token for s in samples[:64] for token in (*s.prompt_ids, *s.answer_ids)]
-        name = args.model if not os.path.isdir(args.model) else os.path.abspath(args.model)
-        model = new_model(base, args.mask_tokens, args.prompt_tokens, args.seed, text, name)
+        name = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
+        verifier = args.verifier or name
+        model = new_model(base, args.mask_tokens, args.prompt_tokens, args.seed, text, verifier)
     if args.lora_rank and model.lora is None:
         model.add_lora(
             MaskLora.for_model(
@@ -172,9 +177,9 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
         shard_layers(base)
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
     provenance = {
-        "model": args.model,
+        "model": portable_name(args.model),
         "revision": revision,
-        "data": [read_header(path) for path in args.data],
+        "data": [_portable_header(path) for path in args.data],
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(),
     }
@@ -189,10 +194,31 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
     return trainer
 
 
+def _portable_header(path: str) -> dict[str, Any]:
+    """The provenance header of a data file, without this machine's folders."""
+    from bita_vllm.training.provenance import portable_name
+    from bita_vllm.training.samples import read_header
+
+    header = read_header(path)
+    settings = header.get("settings", {})
+    names = {key: portable_name(str(settings[key])) for key in ("prompts",) if settings.get(key)}
+    return {
+        "file": portable_name(path),
+        **header,
+        "model": portable_name(str(header.get("model"))),
+        "settings": {**settings, **names},
+    }
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises TrainingError for a value out of range."""
     from bita_vllm.training.trainer import TrainingError
 
+    if args.verifier and args.start_from:
+        raise TrainingError(
+            f"--verifier is {args.verifier!r}, but --start-from keeps the name in the adapter that it "
+            "starts from; leave it out."
+        )
     bounds = {
         "steps": (1, None),
         "batch_size": (1, None),

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bita_vllm.adapter import MASK_LORA_DIR, save_adapter
+from bita_vllm.adapter import save_adapter
 from bita_vllm.training.batches import (
     IGNORED,
     BatchPlan,
@@ -263,8 +263,6 @@ class Trainer:
                 },
             }
             save_adapter(self.out, replace(adapter, config=replace(adapter.config, raw=raw)))
-            if self.model.lora is not None:
-                self.model.lora.save(self.out / MASK_LORA_DIR, self.model.base)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -279,17 +277,21 @@ class Trainer:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C ends training after the step at hand; a second one at once."""
+        """The first Ctrl-C or SIGTERM ends training after the step at hand; a second one at once."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
 
-        before = signal.signal(signal.SIGINT, stop)
+        before: dict[signal.Signals, Any] = {}
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            before[signal_number] = signal.signal(signal_number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for signal_number, handler in before.items():
+                signal.signal(signal_number, handler)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from bita_vllm import config as bita_config
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.training.mask_lora import MaskLora
 
 # `pytest --runner gpu`: vLLM's V2 runner, through Triton's interpreter (v2_on_cpu.py)
 ON_GPU_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
@@ -145,12 +148,26 @@ def metric(llm: LLM, name: str) -> int:
     return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
 
 
-def make_adapter(model: Path, folder: Path, num_mask_tokens: int = 3, seed: int = 0) -> Path:
-    """A random adapter for a tiny model."""
+def make_adapter(
+    model: Path, folder: Path, num_mask_tokens: int = 3, seed: int = 0, lora_rank: int = 0
+) -> Path:
+    """A random adapter for a tiny model; with a `lora_rank`, random deltas as large as its weights."""
     config = json.loads((model / "config.json").read_text())
     shape = ModelShape.from_hf_config(config)
     adapter = random_adapter(
         shape, num_mask_tokens, 4, seed, embedding_std=0.15, prompt_std=0.5, verifier=str(model)
     )
+    if lora_rank:
+        adapter = replace(adapter, mask_lora=random_mask_lora(model, lora_rank, seed))
     save_adapter(folder, adapter)
     return folder
+
+
+def random_mask_lora(model: Path, rank: int, seed: int = 0) -> MaskLoraWeights:
+    """Deltas on every linear layer of a tiny model's decoder: A and B random, alpha twice the rank."""
+    base = AutoModelForCausalLM.from_pretrained(model)
+    lora = MaskLora.for_model(base, rank, alpha=2 * rank, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for b in lora.lora_b:
+        b.data.normal_(std=0.5 / rank**0.5, generator=generator)
+    return lora.weights(base)

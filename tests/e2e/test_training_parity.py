@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, random_mask_lora
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
@@ -62,7 +62,7 @@ def recorded_groups() -> Iterator[Recorded]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mask_logits_equal_vllms(architecture, tiny_model, tmp_path):
     folder = tiny_model(architecture)
-    adapter = make_adapter(folder, tmp_path / "adapter", K)
+    adapter = make_adapter(folder, tmp_path / "adapter", K, lora_rank=4)
     rng = np.random.default_rng(5)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     requests = [(rng.integers(3, 512, length).tolist(), params) for length in (3, 30, 75)]
@@ -94,21 +94,15 @@ def test_vllms_lora_loader_reads_the_deltas(tiny_model, tmp_path):
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-    from bita_vllm.training.mask_lora import MaskLora
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
-    lora = MaskLora.for_model(base, 8, alpha=16)
-    for b in lora.lora_b:
-        b.data.normal_()
-    lora.save(tmp_path, base)
+    weights = random_mask_lora(tiny_model("llama"), 8)
+    weights.save(tmp_path, "tiny", 3)
     helper = PEFTHelper.from_local_dir(str(tmp_path), max_position_embeddings=1024)
-    modules = {name.rpartition(".")[2] for name in lora.module_names}
     loaded = LoRAModel.from_local_checkpoint(
-        str(tmp_path), modules, helper, device="cpu", dtype=torch.float32
+        str(tmp_path), set(weights.targets), helper, device="cpu", dtype=torch.float32
     )
-    assert set(loaded.loras) == set(lora.module_names)
-    for name, a, b in zip(lora.module_names, lora.lora_a, lora.lora_b, strict=True):
-        weights = loaded.loras[name]
-        weights.optimize()  # as the engine does: the scale goes into B
-        torch.testing.assert_close(weights.lora_a, a.data)
-        torch.testing.assert_close(weights.lora_b, 2 * b.data)
+    assert set(loaded.loras) == set(weights.modules)
+    for name, (a, b) in weights.modules.items():
+        theirs = loaded.loras[name]
+        theirs.optimize()  # as the engine does: the scale goes into B
+        torch.testing.assert_close(theirs.lora_a, a)
+        torch.testing.assert_close(theirs.lora_b, 2 * b)

@@ -54,7 +54,7 @@ def offenders(rows, is_bad):
 @pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_target(compiled):
     seen = {(row["kernel"], int(row["sm"])) for row in compiled}
-    kernels = {"tree_attention", "accept_tree", "build_block", "move_kv"}
+    kernels = {"tree_attention", "accept_tree", "build_block", "move_kv", "add_mask_lora"}
     assert seen == {(kernel, sm) for kernel in kernels for sm in TARGETS}
 
 
@@ -73,9 +73,9 @@ def test_shared_memory_stays_below_the_limit_of_the_target(compiled):
 
 
 @pytest.mark.slow
-def test_attention_runs_on_tensor_cores(compiled):
+def test_attention_and_deltas_run_on_tensor_cores(compiled):
     needs = [row for row in compiled if row["needs_tensor_cores"] == "True"]
-    assert {row["kernel"] for row in needs} == {"tree_attention"}
+    assert {row["kernel"] for row in needs} == {"tree_attention", "add_mask_lora"}
     assert not offenders(needs, lambda row: not row["tensor_core"])
 
 

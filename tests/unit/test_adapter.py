@@ -283,11 +283,6 @@ def test_pickle_beside_safetensors_is_ignored(saved: Path) -> None:
     Adapter.load(saved)
 
 
-def test_mask_lora_is_refused(saved: Path) -> None:
-    (saved / "mask_lora").mkdir()
-    assert_refused(lambda: AdapterConfig.load(saved), saved, "mask_lora", "worse")
-
-
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xfd"], ids=["cut", "empty", "not-utf8"])
 def test_config_that_is_not_json(saved: Path, content: bytes) -> None:
     (saved / "config.json").write_bytes(content)

@@ -1,14 +1,13 @@
-"""Low-rank deltas for mask rows: PEFT's format, and what is refused."""
+"""Low-rank deltas for mask rows, trainable: where they go, and the way into an adapter and back."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bita_vllm.adapter import AdapterError
-from bita_vllm.training.mask_lora import CONFIG_FILE, WEIGHTS_FILE, MaskLora
+from bita_vllm.training.mask_lora import MaskLora
 
 
 @pytest.fixture
@@ -21,25 +20,6 @@ def filled(base, **options):
     for index, b in enumerate(lora.lora_b):
         b.data.normal_(generator=torch.Generator().manual_seed(index))
     return lora
-
-
-def test_saved_in_pefts_format(base, tmp_path):
-    filled(base, targets=["q_proj", "down_proj"], layers=[0, 2]).save(tmp_path, base)
-    config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert config["peft_type"] == "LORA" and config["r"] == 4 and config["lora_alpha"] == 8
-    assert config["target_modules"] == ["down_proj", "q_proj"]
-    assert config["layers_to_transform"] == [0, 2]
-    tensors = load_file(tmp_path / WEIGHTS_FILE)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        f"base_model.model.model.layers.{layer}.{module}.lora_{part}.weight": shape
-        for layer in (0, 2)
-        for module, part, shape in (
-            ("self_attn.q_proj", "A", (4, 128)),
-            ("self_attn.q_proj", "B", (128, 4)),
-            ("mlp.down_proj", "A", (4, 256)),
-            ("mlp.down_proj", "B", (128, 4)),
-        )
-    }
 
 
 @pytest.mark.parametrize(
@@ -56,13 +36,23 @@ def test_all_linear_layers_of_the_decoder_by_their_own_names(tiny_model, archite
     assert f"{kinds} in layers [0, 1, 2]" in str(MaskLora.for_model(base, 2))
 
 
-def test_loading_gives_back_what_was_saved(base, tmp_path):
-    lora = filled(base)
-    lora.save(tmp_path, base)
-    loaded = MaskLora.load(tmp_path, base)
+def test_an_adapter_gives_back_what_was_trained(base):
+    lora = filled(base, targets=["q_proj", "down_proj"], layers=[0, 2])
+    weights = lora.weights(base)
+    assert weights.targets == ["down_proj", "q_proj"] and weights.layers == [0, 2]
+    # Whatever order a file has them in, the trained parameters are in the model's.
+    weights = replace(weights, modules=dict(reversed(weights.modules.items())))
+    loaded = MaskLora.from_weights(weights, base)
     assert (loaded.rank, loaded.alpha, loaded.module_names) == (4, 8.0, lora.module_names)
-    for saved, back in zip(lora.parameters(), loaded.parameters(), strict=True):
-        torch.testing.assert_close(back, saved, rtol=0, atol=0)
+    for trained, back in zip(lora.parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(back, trained, rtol=0, atol=0)
+
+
+def test_half_precision_deltas_train_in_fp32(base):
+    weights = filled(base, layers=[1]).weights(base)
+    halves = {name: (a.bfloat16(), b.bfloat16()) for name, (a, b) in weights.modules.items()}
+    lora = MaskLora.from_weights(replace(weights, modules=halves), base)
+    assert {p.dtype for p in lora.parameters()} == {torch.float32}
 
 
 def test_a_merged_delta_is_the_definition(base):
@@ -91,40 +81,7 @@ def test_what_the_model_does_not_have_is_refused(base, options, message):
         MaskLora.for_model(base, **options)
 
 
-def broken_config(folder):
-    (folder / CONFIG_FILE).write_text("{}")
-
-
-def other_module(folder):
-    tensors = load_file(folder / WEIGHTS_FILE)
-    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 128)
-    save_file(tensors, folder / WEIGHTS_FILE)
-
-
-def wrong_shape(folder):
-    tensors = load_file(folder / WEIGHTS_FILE)
-    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-    tensors[name] = tensors[name][:2].clone()
-    save_file(tensors, folder / WEIGHTS_FILE)
-
-
-def not_finite(folder):
-    tensors = load_file(folder / WEIGHTS_FILE)
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, folder / WEIGHTS_FILE)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (broken_config, "does not hold low-rank deltas in PEFT's format"),
-        (other_module, "has no such linear layer"),
-        (wrong_shape, r"has lora_A of model.layers.0.mlp.up_proj with shape \[2, 128\]"),
-        (not_finite, "that are NaN or infinite"),
-    ],
-)
-def test_damaged_deltas_are_refused(base, tmp_path, damage, message):
-    filled(base).save(tmp_path, base)
-    damage(tmp_path)
-    with pytest.raises(AdapterError, match=message):
-        MaskLora.load(tmp_path, base)
+def test_deltas_of_another_model_are_refused(base, tiny_model):
+    other = AutoModelForCausalLM.from_pretrained(tiny_model("gpt2"))
+    with pytest.raises(AdapterError, match=r"LlamaForCausalLM has no such linear layer"):
+        MaskLora.from_weights(filled(other).weights(other), base)

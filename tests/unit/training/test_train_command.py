@@ -46,13 +46,17 @@ def losses(out):
 def test_trains_resumes_and_starts_from_an_adapter(model, data, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["train", str(model), "--data", str(data), *RUN]
-    assert main([*command, "--out", str(out), "--time-limit", "0"]) == 0
+    named = [*command, "--out", str(out), "--verifier", "somebody/tiny"]
+    assert main([*named, "--time-limit", "0"]) == 0
     assert "stopped at step 1" in capsys.readouterr().out
     assert main([*command, "--out", str(out)]) == 1
     assert "holds a training run already" in capsys.readouterr().err
     assert main([*command, "--out", str(out), "--resume"]) == 0
     assert len(losses(out)) == 3
-    provenance = json.loads((out / "config.json").read_text())["training"]
+    text = (out / "config.json").read_text()
+    assert str(model) not in text and str(tmp_path) not in text
+    assert '"name_or_path": "somebody/tiny"' in text
+    provenance = json.loads(text)["training"]
     assert provenance["data"][0]["model"] == "tiny"
     assert provenance["versions"]["torch"] == torch.__version__
     again = tmp_path / "again"
@@ -114,6 +118,7 @@ def short_answers(data):
         (other_vocabulary, [], "but the model has 512 tokens"),
         (short_answers, ["--max-length", "6"], "has an answer of three tokens or more"),
         (None, ["--lora-targets", "qkv"], "no linear layer called qkv"),
+        (None, ["--verifier", "x", "--start-from", "y"], "--start-from keeps the name"),
         (None, ["--lora-layers", "1-x"], "must be numbers and ranges such as 0-14,20"),
         (None, ["--distill", "1.5"], "--distill is 1.5, but must be between 0 and 1"),
         (None, ["--batch-size", "0"], "--batch-size is 0, but must be at least 1"),

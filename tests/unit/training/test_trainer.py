@@ -134,13 +134,14 @@ def test_resuming_gives_the_same_losses(make_trainer, tmp_path, rank):
         torch.testing.assert_close(second.average[name], straight.average[name], rtol=0, atol=0)
 
 
-def test_an_interrupt_saves_and_stops(make_trainer, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_stops(make_trainer, monkeypatch, number):
     trainer = make_trainer()
     loss = trainer.loss
 
     def interrupted(batch):
         if trainer.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return loss(batch)
 
     monkeypatch.setattr(trainer, "loss", interrupted)
