@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -114,20 +115,31 @@ class Template:
         """Read `{"nodes": [[parent, rank], ...], "groups": {"0": 3, ...}}`."""
         try:
             content = json.loads(Path(path).read_text())
-            nodes = [(int(parent), int(rank)) for parent, rank in content["nodes"]]
-            groups = {int(row): int(length) for row, length in content["groups"].items()}
+            return cls.from_dict(content)
+        except TemplateError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TemplateError(
                 f"Tree template file {path} cannot be read ({type(error).__name__}: {error}); "
                 'expected JSON like {"nodes": [[0, 0], [0, 1], [1, 0]], "groups": {"0": 3, "1": 2}}.'
             ) from None
-        return cls.build(nodes, groups)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form that `load` reads."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Template:
+        """From the JSON form. Raises TemplateError, or what Python raises for another form."""
+        nodes = [(int(parent), int(rank)) for parent, rank in content["nodes"]]
+        groups = {int(row): int(length) for row, length in content["groups"].items()}
+        return cls.build(nodes, groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         nodes = [[int(self.parent[row]), int(self.rank[row])] for row in range(1, self.num_nodes)]
         groups = {str(row): int(length) for row, length in enumerate(self.group_length) if length}
-        Path(path).write_text(json.dumps({"nodes": nodes, "groups": groups}) + "\n")
+        return {"nodes": nodes, "groups": groups}
 
     @property
     def num_rows(self) -> int:
