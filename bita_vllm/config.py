@@ -220,9 +220,7 @@ def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tupl
         )
     if tree == "auto":
         num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
-        statistics = adapter.acceptance
-        acceptance = None if statistics is None else statistics.get("rank_probability", ())
-        return tree, best_template(num_rows, adapter.num_mask_tokens, acceptance)
+        return tree, best_template(num_rows, adapter.num_mask_tokens, adapter.acceptance)
 
     template = Template.from_text(tree, adapter.num_mask_tokens)
     if template is None:
