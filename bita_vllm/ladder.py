@@ -148,7 +148,9 @@ class Ladder:
         return table
 
     def describe(self) -> str:
-        """For logs: rows by batch size."""
+        """For logs: rows by batch size, or the template if it is the only one."""
+        if len(self.templates) == len(self.batch_sizes) == 1:
+            return self.widest.describe()
         starts = [first for first, _, _ in self.batch_sizes]
         ends = [str(start - 1) for start in starts[1:]] + ["up"]
         return ", ".join(

@@ -5,15 +5,21 @@ To the scheduler a step block is R-1 draft tokens; to a user a draft is as long 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from bita_vllm import config
 from bita_vllm.config import get_settings
 from bita_vllm.tree import TemplateTable
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
 
 
 class _DepthStatistics(Scheduler):
@@ -23,20 +29,40 @@ class _DepthStatistics(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        self._max_depth = settings.template.max_depth
+        self._depth_of_line = depth_of_line(TemplateTable(*settings.templates))
         self._depth_offered = depth_offered(TemplateTable(settings.template))
+        self._block_lines: dict[str, int] = {}
+        if not config.on_gpu():
+            # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
+            # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
+            lookup = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
+            self.dynamic_sd_lookup = lookup.tolist()
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        # Blocks of several templates may be equally long: the runner says which lines they had.
+        lines = getattr(model_runner_output, "block_lines", None) or []
+        self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_spec_decoding_stats(
         self,
         spec_decoding_stats: SpecDecodingStats | None,
         num_draft_tokens: int,
-        *args: Any,
-        **kwargs: Any,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
     ) -> SpecDecodingStats | None:
         if self.log_stats and spec_decoding_stats is None:
             spec_decoding_stats = SpecDecodingStats.new(self.num_spec_tokens)
-        depth = int(self._depth_offered[num_draft_tokens])
-        stats = super().make_spec_decoding_stats(spec_decoding_stats, depth, *args, **kwargs)
+        if request_id in self._block_lines:
+            depth = int(self._depth_of_line[self._block_lines[request_id], num_draft_tokens])
+        else:
+            depth = int(self._depth_offered[num_draft_tokens])
+        stats = super().make_spec_decoding_stats(
+            spec_decoding_stats, depth, num_accepted_tokens, num_invalid_spec_tokens, request_id
+        )
         return stats or spec_decoding_stats
 
 
@@ -57,3 +83,9 @@ def depth_offered(table: TemplateTable) -> np.ndarray:
     offered = np.array([full[: rows + 1].max() for rows in range(table.template.num_rows)])
     offered[table.num_rows - 1] = np.arange(len(table.num_rows))
     return offered
+
+
+def depth_of_line(table: TemplateTable) -> np.ndarray:
+    """`[lines, R]` int: deepest draft node of each line, cut to that many rows behind its root."""
+    is_node = np.arange(table.depth.shape[1]) < table.num_nodes[:, None]
+    return np.maximum.accumulate(np.where(is_node, table.depth, 0), axis=1)

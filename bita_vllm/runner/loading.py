@@ -80,7 +80,7 @@ def put_in_adapter(
     logger.info(
         "bita: adapter %s, step block of %s, %.1f MiB added.",
         settings.adapter_dir,
-        settings.template.describe(),
+        settings.ladder.describe(),
         added / 2**20,
     )
 
