@@ -107,17 +107,27 @@ class BlockGrammar:
             return None
         is_mask = (i for i, token in enumerate(tokens) if token >= self._first_mask_id)
         num_nodes = next(is_mask, None)
-        fitting = [table for table in self._tables if table.template.num_rows > len(tokens)]
-        exact = [table for table in fitting if table.template.num_rows == len(tokens) + 1]
-        found = [
-            table.parent[line, : min(table.num_nodes[line], len(tokens) + 1)]
-            for table in exact or fitting
+        rows = len(tokens) + 1
+        fitting = [
+            (table, line)
+            for table in self._tables
             for line in range(len(table.num_nodes))
-            if (
+            if table.template.num_rows >= rows
+            and (
                 table.num_nodes[line] == num_nodes + 1
                 if num_nodes is not None
-                else table.num_nodes[line] > len(tokens)
+                else table.num_nodes[line] >= rows
             )
+        ]
+        # A block that was not cut is as long as its line, or padded to its template.
+        whole = [
+            (table, line)
+            for table, line in fitting
+            if rows in (table.num_rows[line], table.template.num_rows)
+        ]
+        found = [
+            table.parent[line, : min(table.num_nodes[line], rows)]
+            for table, line in whole or fitting
         ]
         if found and all(np.array_equal(parents, found[0]) for parents in found):
             return found[0]

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from bita_vllm import config
 from bita_vllm.config import get_settings
 from bita_vllm.grammar import BlockGrammar
 from bita_vllm.tree import TemplateTable
@@ -29,12 +30,15 @@ class _DepthStatistics(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        tables = [TemplateTable(template) for template in settings.templates]
-        self._depth_of_line = np.concatenate(
-            [depth_of_line(t, self.num_spec_tokens) for t in tables]
-        )
+        self._depth_of_line = depth_of_line(TemplateTable(*settings.templates))
         self._depth_offered = depth_offered(TemplateTable(settings.template))
         self._block_lines: dict[str, int] = {}
+        if not config.on_gpu():
+            # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
+            # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
+            lookup = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
+            self.dynamic_sd_lookup = lookup.tolist()
+        tables = [TemplateTable(template) for template in settings.templates]
         manager: Any = self.structured_output_manager  # type: ignore[has-type]
         self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
             manager, tables, self.vllm_config.model_config.get_vocab_size()
@@ -43,7 +47,7 @@ class _DepthStatistics(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        # The V2 runner pads blocks, and says which lines they had; the CPU runner's length tells.
+        # A block may be padded, or as long as one of another template: the runner says which line it was.
         lines = getattr(model_runner_output, "block_lines", None) or []
         self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -87,9 +91,7 @@ def depth_offered(table: TemplateTable) -> np.ndarray:
     return offered
 
 
-def depth_of_line(table: TemplateTable, width: int) -> np.ndarray:
-    """`[lines, width + 1]` int: deepest draft node of each line, cut to that many rows behind its root."""
-    rows = table.depth.shape[1]
-    is_node = np.arange(rows) < table.num_nodes[:, None]
-    deepest = np.maximum.accumulate(np.where(is_node, table.depth, 0), axis=1)
-    return np.pad(deepest, ((0, 0), (0, max(0, width + 1 - rows))), mode="edge")
+def depth_of_line(table: TemplateTable) -> np.ndarray:
+    """`[lines, R]` int: deepest draft node of each line, cut to that many rows behind its root."""
+    is_node = np.arange(table.depth.shape[1]) < table.num_nodes[:, None]
+    return np.maximum.accumulate(np.where(is_node, table.depth, 0), axis=1)

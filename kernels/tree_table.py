@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ COLUMNS = ("num_nodes", "parent", "rank", "depth", "mask_index", "candidate_rows
 
 @dataclass(frozen=True)
 class TreeTable:
-    """Lines of one template, or of several behind each other, all padded to the largest.
+    """Lines of one template, or of several behind each other, padded to R rows.
 
     Line D of a template is the block of a request that has candidates for D depths.
 
@@ -30,7 +28,6 @@ class TreeTable:
         ancestor_bits: `[lines, R, W]` int32, W = R / 32 rounded up: bit j % 32 of word j // 32 says that the
             row sees row j of its own block: itself and its ancestors; none in padding.
         max_rank: candidates needed of one mask row.
-        first_line: line 0 of each template.
     """
 
     num_depths: torch.Tensor
@@ -42,7 +39,6 @@ class TreeTable:
     candidate_rows: torch.Tensor
     ancestor_bits: torch.Tensor
     max_rank: int
-    first_line: tuple[int, ...] = (0,)
 
     @classmethod
     def of(cls, table: Any, device: torch.device | str) -> TreeTable:
@@ -51,25 +47,32 @@ class TreeTable:
         Raises:
             ValueError: the attributes do not fit together, or there are no draft nodes.
         """
-        return cls.stack([table], device)
-
-    @classmethod
-    def stack(cls, tables: Sequence[Any], device: torch.device | str) -> TreeTable:
-        """As `of`, for the lines of several templates."""
-        checked = [_checked_columns(table) for table in tables]
-        stacked = {
-            name: _padded([columns[name] for columns in checked], fill)
-            for name, fill in (*((name, -1) for name in COLUMNS), ("ancestors", 0))
+        columns = {name: torch.tensor(getattr(table, name), dtype=torch.int32) for name in COLUMNS}
+        lines, rows = columns["parent"].shape
+        max_nodes, max_depth = columns["candidate_rows"].shape[1:]
+        if max_depth == 0 or max_nodes < 2:
+            raise ValueError("table has no draft nodes, expected at least one: nothing to verify.")
+        expected: dict[str, tuple[int, ...]] = {
+            "num_nodes": (lines,),
+            "candidate_rows": (lines, max_nodes, max_depth),
+            **dict.fromkeys(("parent", "rank", "depth", "mask_index"), (lines, rows)),
         }
-        # Padding hangs nowhere and lies at depth 0.
-        stacked["depth"] = stacked["depth"].clamp(min=0)
-        lines = [len(columns["num_nodes"]) for columns in checked]
-        stacked["num_depths"] = torch.cat([torch.arange(n, dtype=torch.int32) for n in lines])
-        stacked["ancestor_bits"] = packed_bits(stacked.pop("ancestors").bool())
+        for name, shape in expected.items():
+            if columns[name].shape != shape:
+                raise ValueError(
+                    f"table.{name} has shape {list(columns[name].shape)}, expected {list(shape)} to fit table.parent."
+                )
+        seen = torch.tensor(table.ancestors, dtype=torch.bool)
+        if seen.shape != (lines, rows, rows):
+            raise ValueError(
+                f"table.ancestors has shape {list(seen.shape)}, expected {[lines, rows, rows]} to fit table.parent."
+            )
+        columns["ancestor_bits"] = packed_bits(seen)
+        is_node = columns["rank"] >= 0
+        columns["num_depths"] = torch.where(is_node, columns["depth"], 0).amax(dim=1)
         return cls(
-            **{name: column.to(device) for name, column in stacked.items()},
-            max_rank=int(stacked["rank"].max()) + 1,
-            first_line=(0, *accumulate(lines[:-1])),
+            **{name: column.to(device) for name, column in columns.items()},
+            max_rank=int(columns["rank"].max()) + 1,
         )
 
     @property
@@ -91,46 +94,6 @@ class TreeTable:
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return self.parent.device
-
-
-def _checked_columns(table: Any) -> dict[str, torch.Tensor]:
-    columns = {name: torch.tensor(getattr(table, name), dtype=torch.int32) for name in COLUMNS}
-    lines, rows = columns["parent"].shape
-    max_nodes, max_depth = columns["candidate_rows"].shape[1:]
-    if max_depth == 0 or max_nodes < 2:
-        raise ValueError("table has no draft nodes, expected at least one: nothing to verify.")
-    columns["ancestors"] = torch.tensor(table.ancestors, dtype=torch.bool)
-    expected: dict[str, tuple[int, ...]] = {
-        "num_nodes": (lines,),
-        "candidate_rows": (lines, max_nodes, max_depth),
-        **dict.fromkeys(("parent", "rank", "depth", "mask_index"), (lines, rows)),
-        "ancestors": (lines, rows, rows),
-    }
-    for name, shape in expected.items():
-        if columns[name].shape != shape:
-            raise ValueError(
-                f"table.{name} has shape {list(columns[name].shape)}, expected {list(shape)} to fit table.parent."
-            )
-    if lines != max_depth + 1:
-        raise ValueError(
-            f"table has {lines} lines, expected {max_depth + 1}: one for each depth, and one without."
-        )
-    return columns
-
-
-def _padded(
-    # [lines, ...] each, of as many dimensions
-    columns: list[torch.Tensor],
-    fill: int,
-) -> torch.Tensor:
-    """`[lines of all, ...]`, every dimension as long as the longest."""
-    sizes = [max(sizes) for sizes in zip(*(column.shape[1:] for column in columns), strict=True)]
-    parts = []
-    for column in columns:
-        part = column.new_full((len(column), *sizes), fill)
-        part[tuple(slice(n) for n in column.shape)] = column
-        parts.append(part)
-    return torch.cat(parts)
 
 
 def packed_bits(

@@ -40,7 +40,8 @@ class StepTrees:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
-        self.table = table = TreeTable.stack([TemplateTable(t) for t in templates], device)
+        lines = TemplateTable(*templates)
+        self.table = table = TreeTable.of(lines, device)
         self.line_of_slot, self.line = buffer(), buffer()
         self.first_row, self.num_rows, self.context_len = buffer(), buffer(), buffer()
         self.tokens = buffer(table.max_depth + 1, dtype=torch.int64)
@@ -49,8 +50,9 @@ class StepTrees:
         self.mask_rows = buffer(table.max_depth)
         self.block_tables: tuple[torch.Tensor, ...] = ()
         # by the number of draft tokens, as vLLM counts a width
+        first_lines = lines.first_line.tolist()
         self._templates = {
-            t.num_rows - 1: (t, first) for t, first in zip(templates, table.first_line, strict=True)
+            t.num_rows - 1: (t, first) for t, first in zip(templates, first_lines, strict=True)
         }
         # nodes of the template that each slot's next block is made from; known on the host
         self._nodes_of_slot_np = np.ones(max_num_reqs, dtype=np.int64)
