@@ -145,18 +145,21 @@ def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
 
 
 def test_tokens_equal_plain_v2_on_a_ladder(case, tmp_path):
-    """Four requests decode plainly, three and two with narrow blocks, one with wide ones."""
+    """Four requests decode plainly, three with narrow blocks, two and one with wide ones."""
     model, adapter, plain = case
     narrow, wide = Template.from_widths([2], 3), Template.from_widths([3, 2], 3)
     templates = {template.num_rows - 1: template for template in (narrow, wide)}
-    Ladder(templates, [(1, 1, wide.num_rows - 1), (2, 3, narrow.num_rows - 1), (4, 4, 0)]).save(
+    Ladder(templates, [(1, 2, wide.num_rows - 1), (3, 3, narrow.num_rows - 1), (4, 4, 0)]).save(
         tmp_path / "ladder.json"
     )
     bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
+    uneven = requests()  # so that the batch shrinks bit by bit
+    for i, (_, params) in enumerate(uneven):
+        params.max_tokens = 6 + i
     with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **OPTIONS) as llm:
-        outputs = generate(llm, requests())
-    for kind, expected, output in zip(KINDS, plain, outputs, strict=True):
-        assert output.outputs[0].token_ids == expected.outputs[0].token_ids, kind
+        outputs = generate(llm, uneven)
+    for i, (kind, expected, output) in enumerate(zip(KINDS, plain, outputs, strict=True)):
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids[: 6 + i], kind
     lengths = {line: {len(s.tokens) for s in steps if s.line == line} for line in range(-1, 5)}
     print(lengths)
     assert lengths[-1] == {1}  # without a block
