@@ -195,6 +195,17 @@ GPU_OVERRIDES = (
         "num_speculative_tokens=)",
     ),
     Hook(
+        f"{_V2}.cudagraph_utils:ModelCudaGraphManager.__init__",
+        "is replaced by one that knows several widths",
+        "(self, vllm_config, device, cudagraph_mode, decode_query_len, lora_capture_cases=, "
+        "varlen_decode=, ubatch_runner=)",
+    ),
+    Hook(
+        f"{_V2}.cudagraph_utils:CudaGraphManager._init_candidates",
+        "a FULL graph of its width for every decode batch",
+        "(self)",
+    ),
+    Hook(
         f"{_V2_RUNNER}.sample_tokens",
         "the output says which line each block had",
         "(self, grammar_output)",

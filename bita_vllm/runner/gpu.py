@@ -42,6 +42,7 @@ from bita_vllm.attention.gpu import (
 )
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
+from bita_vllm.runner.gpu_graphs import WidthGraphManager
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.loading import (
@@ -253,7 +254,8 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Stock, then the addresses of every layer's cache, for the moves."""
-        super().initialize_kv_cache(*args, **kwargs)
+        with replaced(v2, "ModelCudaGraphManager", WidthGraphManager):
+            super().initialize_kv_cache(*args, **kwargs)
         context = self.compilation_config.static_forward_context
         self.layer_caches = []
         for group in self.kv_cache_config.kv_cache_groups:

@@ -6,6 +6,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from bita_vllm import graphs
+from bita_vllm.runner.gpu_graphs import WidthGraphManager
 
 # batch sizes -> R-1, as vLLM takes them: rows of a step pass 512, and width 0 is plain decoding
 LADDER = [(1, 4, 27), (5, 16, 15), (17, 90, 7), (91, 120, 0)]
@@ -42,14 +43,14 @@ def adapter(tiny_model, tmp_path_factory):
     return make_adapter(tiny_model("llama"), tmp_path_factory.mktemp("adapter"))
 
 
-def captured(config, monkeypatch):
-    """vLLM's manager as it is after capture."""
+def captured(config, monkeypatch, manager_class=WidthGraphManager):
+    """A manager as it is after capture."""
     only = type("Group", (), {"is_first_rank": True, "is_last_rank": True})
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", only)
     monkeypatch.setattr(
         cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False
     )
-    manager = cudagraph_utils.CudaGraphManager(
+    manager = manager_class(
         config,
         "cpu",
         config.compilation_config.cudagraph_mode,
@@ -67,24 +68,29 @@ def test_every_decode_batch_has_a_full_graph_of_its_width(make_config, monkeypat
     added = set(config.compilation_config.cudagraph_capture_sizes) - before
     manager = captured(config, monkeypatch)
     full = manager._capture_descs[CUDAGraphMode.FULL]
-    widths = {desc.uniform_token_count - 1 for desc in full}
-    assert widths == ({27, 15, 7, 0} if schedule else {27})
+    table = schedule or [(1, MAX_NUM_SEQS, 27)]
+    assert {desc.uniform_token_count - 1 for desc in full} == {width for *_, width in table}
     print(f"{len(full)} FULL graphs, {len(added)} sizes added to {len(before)}")
-
-    def width_of(n):
-        return next(w for first, last, w in schedule or [(1, 120, 27)] if first <= n <= last)
-
-    for n in range(1, MAX_NUM_SEQS + 1):
-        rows = width_of(n) + 1
-        desc = manager.dispatch(n, n * rows, rows, 0, max_query_len=rows)
-        assert desc.cg_mode == CUDAGraphMode.FULL, n
-        assert desc.uniform_token_count == rows and desc.num_reqs >= n
-        assert desc.num_reqs < n + 16
+    for _, most, width in table:
+        rows = width + 1
+        # Also fewer requests than the width is for: what a batch is that has just shrunk.
+        for n in range(1, most + 1):
+            desc = manager.dispatch(n, n * rows, rows, 0, max_query_len=rows)
+            assert desc.cg_mode == CUDAGraphMode.FULL, (n, width)
+            assert desc.uniform_token_count == rows and n <= desc.num_reqs < n + 16
+            assert desc in full
+        mixed = manager.dispatch(2, most * rows - 1, None, 0)  # with a prefill chunk
+        assert mixed.cg_mode == CUDAGraphMode.PIECEWISE
+    largest = {
+        width: max(d.num_reqs for d in full if d.uniform_token_count == width + 1)
+        for *_, width in table
+    }
+    assert all(largest[width] < most + 16 for _, most, width in table), "graphs that no batch uses"
 
 
 def test_vllms_own_sizes_stop_earlier(make_config, monkeypatch):
     """Else this module could go."""
-    manager = captured(make_config(None), monkeypatch)
+    manager = captured(make_config(None), monkeypatch, cudagraph_utils.ModelCudaGraphManager)
     assert manager.dispatch(100, 2800, 28, 0, max_query_len=28).cg_mode == CUDAGraphMode.NONE
 
 
