@@ -121,7 +121,7 @@ def measure(
         lora_size = sum(p.numel() for p in model.lora.parameters()) if model.lora else 0
         ranks = answer_ranks(model, read_samples(args.eval_data), args.eval_positions)
     k = ranks[0].shape[1]
-    acceptance = acceptance_statistics(ranks)["rank_probability"]
+    acceptance = acceptance_statistics(ranks)
     accuracy = mask_accuracy(ranks)
     best = best_template(24, k, acceptance)
     trees = {

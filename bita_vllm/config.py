@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
@@ -25,6 +26,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
+from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.tree import MAX_ROWS, Template
 from bita_vllm.tree_search import best_template
 
@@ -34,11 +36,12 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 METHOD = "bita"
+AUTO = "auto"
 CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
 GPU_WORKER_CLS = "bita_vllm.runner.gpu.BitaGPUWorker"
 SCHEDULER_CLS = "bita_vllm.scheduler.BitaScheduler"
 ASYNC_SCHEDULER_CLS = "bita_vllm.scheduler.BitaAsyncScheduler"
-OPTIONS = ("method", "model", "num_speculative_tokens", "tree")
+OPTIONS = ("method", "model", "num_speculative_tokens", "tree", "ladder")
 
 
 class ConfigError(ValueError):
@@ -52,8 +55,8 @@ class BitaSettings:
     Attributes:
         adapter_dir: directory of the adapter checkpoint.
         tree: as the user gave it: 'auto', widths such as '5,4,3', or a template file.
-        num_speculative_tokens: R-1, what vLLM's scheduler counts as draft tokens.
-        template: the step block.
+        num_speculative_tokens: R-1 of the largest template, what vLLM's scheduler counts as draft tokens.
+        ladder: the step blocks, and which of them a step uses; of one template unless there is a ladder.
         num_mask_tokens: k of the adapter; mask ids are V to V+k-1.
         mask_lora: rank and modules of the adapter's low-rank deltas, if it has any.
     """
@@ -61,14 +64,24 @@ class BitaSettings:
     adapter_dir: str
     tree: str
     num_speculative_tokens: int
-    template: Template
+    ladder: Ladder
     num_mask_tokens: int
     mask_lora: tuple[int, tuple[str, ...]] | None = None
 
     @property
+    def template(self) -> Template:
+        """The largest template."""
+        return self.ladder.widest
+
+    @property
     def templates(self) -> tuple[Template, ...]:
-        """Every template that blocks are made from; `template` is the largest."""
-        return (self.template,)
+        """Every template that blocks are made from, by width."""
+        return tuple(self.ladder.templates[width] for width in self.ladder.widths)
+
+    @property
+    def max_depth(self) -> int:
+        """Deepest draft node of all templates."""
+        return max(template.max_depth for template in self.templates)
 
 
 class DrafterSeat:
@@ -174,17 +187,21 @@ def build_speculative_config(
     # All of it, not only its config: a bad adapter is refused before any worker starts.
     adapter = Adapter.load(adapter_dir, shape)
 
-    tree, template = _choose_template(options, adapter_config)
+    tree, ladder = _choose_ladder(options, adapter_config)
     settings = BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,
-        num_speculative_tokens=template.num_rows - 1,
-        template=template,
+        num_speculative_tokens=ladder.widest.num_rows - 1,
+        ladder=ladder,
         num_mask_tokens=adapter_config.num_mask_tokens,
         mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
+    # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
+    # its config may not have one (scheduler.py).
+    by_batch_size = list(ladder.batch_sizes) if on_gpu() and not ladder.is_fixed else None
     return BitaSpeculativeConfig(
         num_speculative_tokens=settings.num_speculative_tokens,
+        num_speculative_tokens_per_batch_size=by_batch_size,
         target_model_config=model_config,
         target_parallel_config=parallel_config,
         bita=settings,
@@ -210,15 +227,41 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
             )
 
 
+def _choose_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Ladder]:
+    """The tree as given, and the ladder: given, the adapter's own, or one template for every batch size."""
+    given = options.get("ladder")
+    budget, tree = options.get("num_speculative_tokens", AUTO), options.get("tree", AUTO)
+    fixed = budget not in (AUTO, None) or tree != AUTO
+    if given is not None and fixed:
+        raise ConfigError(
+            f"Speculative option 'ladder' is {given!r}, which has a step block for every batch size, but "
+            "num_speculative_tokens or tree is given too; leave these out, or leave the ladder out."
+        )
+    if given is not None and (not isinstance(given, str) or not Path(given).exists()):
+        raise ConfigError(
+            f"Speculative option 'ladder' is {given!r}; expected the path of a file made by 'bita tune'."
+        )
+    beside = None if adapter.path is None else adapter.path / LADDER_FILE
+    if given is None and not fixed and beside is not None and beside.is_file():
+        given = str(beside)
+    if given is not None:
+        ladder = Ladder.load(given)
+        ladder.check(adapter.num_mask_tokens)
+        return AUTO, ladder
+    tree, template = _choose_template({**options, "num_speculative_tokens": budget}, adapter)
+    return tree, Ladder.fixed(template)
+
+
 def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:
     """The tree as given, and the template: explicit, or the best one within the row budget."""
     budget = options.get("num_speculative_tokens")
+    budget = None if budget == AUTO else budget
     if budget is not None and (type(budget) is not int or not 2 <= budget < MAX_ROWS):
         raise ConfigError(
-            f"num_speculative_tokens is {budget!r}; with method 'bita' it is the row budget less "
+            f"num_speculative_tokens is {budget!r}; with method 'bita' it is 'auto' or the row budget less "
             f"one, a whole number from 2 to {MAX_ROWS - 1}."
         )
-    tree = options.get("tree", "auto")
+    tree = options.get("tree", AUTO)
     if type(tree) is int:  # --speculative-config.tree 4 arrives as a number
         tree = str(tree)
     if not isinstance(tree, str) or not tree.strip():
@@ -226,11 +269,9 @@ def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tupl
             f"Speculative option 'tree' is {tree!r}; expected 'auto', widths such as '5,4,3', "
             "or the path of a template file."
         )
-    if tree == "auto":
+    if tree == AUTO:
         num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
-        statistics = adapter.acceptance
-        acceptance = None if statistics is None else statistics.get("rank_probability", ())
-        return tree, best_template(num_rows, adapter.num_mask_tokens, acceptance)
+        return tree, best_template(num_rows, adapter.num_mask_tokens, adapter.acceptance)
 
     template = Template.from_text(tree, adapter.num_mask_tokens)
     if template is None:

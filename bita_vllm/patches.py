@@ -98,7 +98,7 @@ def _spec_decoding_prom(
 
     if isinstance(speculative_config, BitaSpeculativeConfig):
         speculative_config = copy.copy(speculative_config)
-        speculative_config.num_speculative_tokens = speculative_config.bita.template.max_depth
+        speculative_config.num_speculative_tokens = speculative_config.bita.max_depth
     original(self, speculative_config, *args, **kwargs)
 
 

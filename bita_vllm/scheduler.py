@@ -12,6 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from bita_vllm import config
 from bita_vllm.config import get_settings
 from bita_vllm.grammar import BlockGrammar
 from bita_vllm.tree import TemplateTable
@@ -30,20 +31,24 @@ class _DepthStatistics(Scheduler):
         settings = get_settings(self.vllm_config)
         assert settings is not None
         tables = [TemplateTable(template) for template in settings.templates]
-        self._depth_of_line = np.concatenate(
-            [depth_of_line(t, self.num_spec_tokens) for t in tables]
-        )
+        stacked = TemplateTable(*settings.templates)
+        self._depth_of_line = depth_of_line(stacked, self.num_spec_tokens)
         self._depth_offered = depth_offered(TemplateTable(settings.template))
         self._block_lines: dict[str, int] = {}
         manager: Any = self.structured_output_manager  # type: ignore[has-type]
         self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
             manager, tables, self.vllm_config.model_config.get_vocab_size()
         )
+        if not config.on_gpu():
+            # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
+            # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
+            lookup = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
+            self.dynamic_sd_lookup = lookup.tolist()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        # The V2 runner pads blocks, and says which lines they had; the CPU runner's length tells.
+        # Blocks are padded (V2 runner), or of several templates: the runner says which lines they had.
         lines = getattr(model_runner_output, "block_lines", None) or []
         self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -56,6 +61,8 @@ class _DepthStatistics(Scheduler):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
+        if self.log_stats and spec_decoding_stats is None:
+            spec_decoding_stats = SpecDecodingStats.new(self.num_spec_tokens)
         if request_id in self._block_lines:
             depth = int(self._depth_of_line[self._block_lines[request_id], num_draft_tokens])
         else:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -114,20 +115,31 @@ class Template:
         """Read `{"nodes": [[parent, rank], ...], "groups": {"0": 3, ...}}`."""
         try:
             content = json.loads(Path(path).read_text())
-            nodes = [(int(parent), int(rank)) for parent, rank in content["nodes"]]
-            groups = {int(row): int(length) for row, length in content["groups"].items()}
+            return cls.from_dict(content)
+        except TemplateError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TemplateError(
                 f"Tree template file {path} cannot be read ({type(error).__name__}: {error}); "
                 'expected JSON like {"nodes": [[0, 0], [0, 1], [1, 0]], "groups": {"0": 3, "1": 2}}.'
             ) from None
-        return cls.build(nodes, groups)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form that `load` reads."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Template:
+        """From the JSON form. Raises TemplateError, or what Python raises for another form."""
+        nodes = [(int(parent), int(rank)) for parent, rank in content["nodes"]]
+        groups = {int(row): int(length) for row, length in content["groups"].items()}
+        return cls.build(nodes, groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         nodes = [[int(self.parent[row]), int(self.rank[row])] for row in range(1, self.num_nodes)]
         groups = {str(row): int(length) for row, length in enumerate(self.group_length) if length}
-        Path(path).write_text(json.dumps({"nodes": nodes, "groups": groups}) + "\n")
+        return {"nodes": nodes, "groups": groups}
 
     @property
     def num_rows(self) -> int:
@@ -243,22 +255,31 @@ class Template:
 
 
 class TemplateTable:
-    """The blocks a template can take, one for each number of depths that have candidates, padded to R.
+    """The blocks that templates can take, one for each number of depths that have candidates, padded alike.
 
-    Line D (0 to max_depth) is `template.restrict(D)`: D = 0 is the block of a request without candidates.
+    Line `first_line[t] + D` (D from 0 to `max_depths[t]`) is `templates[t].restrict(D)`: D = 0 is the block
+    of a request without candidates. Blocks of several templates may meet in a step, and a walk in a block
+    of one may give the candidates of another's.
 
     Attributes:
-        num_rows: `[D+1]` int32.
-        num_nodes: `[D+1]` int32.
-        depth, parent, rank, mask_index: `[D+1, R]` int32 (0, -1, -1, -1 in padding).
-        ancestors: `[D+1, R, R]` bool.
-        candidate_rows: `[D+1, max_nodes, max_depth]` int32, as `Template.candidate_rows`, -1 in padding.
+        template: the largest.
+        first_line, max_depths, max_ranks: `[T]` int64, by template.
+        num_rows: `[lines]` int32.
+        num_nodes: `[lines]` int32.
+        depth, parent, rank, mask_index: `[lines, R]` int32 (0, -1, -1, -1 in padding).
+        ancestors: `[lines, R, R]` bool.
+        candidate_rows: `[lines, max_nodes, max_depth]` int32, as `Template.candidate_rows`, -1 in padding.
     """
 
-    def __init__(self, template: Template) -> None:
-        self.template = template
-        variants = [template.restrict(depths) for depths in range(template.max_depth + 1)]
-        lines, rows = len(variants), template.num_rows
+    def __init__(self, *templates: Template) -> None:
+        self.template = max(templates, key=lambda template: template.num_rows)
+        self.max_depths = np.array([t.max_depth for t in templates])
+        self.max_ranks = np.array([t.max_rank for t in templates])
+        self.first_line = np.cumsum(self.max_depths + 1) - self.max_depths - 1
+        variants = [t.restrict(depths) for t in templates for depths in range(t.max_depth + 1)]
+        lines, rows = len(variants), self.template.num_rows
+        self.max_depth = int(self.max_depths.max())
+        self.max_nodes = max(template.num_nodes for template in templates)
         self.num_rows = np.array([v.num_rows for v in variants], dtype=np.int32)
         self.num_nodes = np.array([v.num_nodes for v in variants], dtype=np.int32)
         self.depth = np.zeros((lines, rows), dtype=np.int32)
@@ -266,9 +287,7 @@ class TemplateTable:
         self.rank = np.full((lines, rows), -1, dtype=np.int32)
         self.mask_index = np.full((lines, rows), -1, dtype=np.int32)
         self.ancestors = np.zeros((lines, rows, rows), dtype=bool)
-        self.candidate_rows = np.full(
-            (lines, template.num_nodes, template.max_depth), -1, dtype=np.int32
-        )
+        self.candidate_rows = np.full((lines, self.max_nodes, self.max_depth), -1, dtype=np.int32)
         for line, variant in enumerate(variants):
             n = variant.num_rows
             self.depth[line, :n] = variant.depth
@@ -276,5 +295,5 @@ class TemplateTable:
             self.rank[line, :n] = variant.rank
             self.mask_index[line, :n] = variant.mask_index
             self.ancestors[line, :n, :n] = variant.ancestors
-            used = min(variant.num_masks, template.max_depth)
+            used = min(variant.num_masks, self.max_depth)
             self.candidate_rows[line, : variant.num_nodes, :used] = variant.candidate_rows[:, :used]

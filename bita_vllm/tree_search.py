@@ -1,16 +1,21 @@
 """The best template within a row budget, for given acceptance statistics.
 
-Greedy on expected accepted length per row. The decoding process is a Markov chain: where the walk stops
-decides which mask rows give the next block's candidates, so a mask group is worth what it saves the next
-step (DESIGN section 8).
+Up to `EXACT_ROWS` rows all templates are compared. From these on templates grow row by row, the best few
+of every size being kept (beam search), so one pass serves all budgets; then nodes and mask rows are moved
+about as long as that helps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
 
 from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tuning.process import Drafts, LongRun, long_run
 
 # P(rank r of mask j is the token | the tokens before it were accepted), [k][ranks], for adapters that
 # bring no statistics. Not measured rank by rank: chosen so that the lengths measured for the first
@@ -20,145 +25,319 @@ DEFAULT_ACCEPTANCE = (
     (0.20, 0.09, 0.055, 0.04, 0.03, 0.025, 0.02, 0.015, 0.012, 0.01),
     (0.15, 0.07, 0.045, 0.035, 0.03, 0.025, 0.02, 0.015, 0.012, 0.01),
 )
+MIN_ROWS = 3  # root, one draft node, one mask row
+EXACT_ROWS = 10  # a third of a second; twelve rows take ten times that
+BEAM = 6  # templates of each size that growth goes on from
+MAX_ROUNDS = 20  # of moves; 1 to 3 are usual
+CHUNK = 1 << 21  # values of one array in `evaluate`
+GAIN = 1e-9
 
 
 def best_template(
-    num_rows: int, num_masks: int, acceptance: Sequence[Sequence[float]] | None = None
+    num_rows: int, num_masks: int, acceptance: Mapping[str, Any] | None = None
 ) -> Template:
-    """Grow the template, best gain per row first, until the budget is used up or nothing gains.
+    """The template of at most `num_rows` rows with the longest expected accepted length.
 
     Args:
         num_rows: row budget R.
         num_masks: k of the adapter: longest mask group, deepest node.
-        acceptance: `[k][ranks]` conditional acceptance of each mask's candidates, by rank.
+        acceptance: the adapter's statistics, as `acceptance_table` takes them.
 
     Raises:
         TemplateError: the budget holds no root, node and mask row, or the statistics are malformed.
     """
-    if num_rows < 3:
+    return best_templates([num_rows], acceptance_table(acceptance, num_masks))[0]
+
+
+def best_templates(
+    budgets: Sequence[int],
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> list[Template]:
+    """The best template found for each row budget. Raises TemplateError for a budget below 3 rows."""
+    if min(budgets) < MIN_ROWS:
         raise TemplateError(
-            f"A row budget of {num_rows} is too small: root, one draft node and one mask row need 3 rows "
+            f"A row budget of {min(budgets)} is too small: root, one draft node and one mask row need {MIN_ROWS} rows "
             "(num_speculative_tokens 2); raise it."
         )
-    table = _checked(acceptance, num_masks)
-    draft = _Draft(groups={0: 1})
-    best = draft.expected_length(table)
-    while True:
-        grown = [d for d in draft.successors(num_masks, len(table[0])) if d.num_rows <= num_rows]
-        scored = [
-            ((d.expected_length(table) - best) / (d.num_rows - draft.num_rows), d) for d in grown
-        ]
-        gain, winner = max(scored, key=lambda pair: pair[0], default=(0.0, draft))
-        if gain <= 1e-9:
-            return draft.template()
-        draft, best = winner, winner.expected_length(table)
-
-
-def expected_length(template: Template, acceptance: Sequence[Sequence[float]]) -> float:
-    """Expected accepted length of a template in the long run (tokens per step and request)."""
-    nodes = [
-        (int(template.parent[row]), int(template.rank[row])) for row in range(1, template.num_nodes)
+    grown = grow(max(budgets), acceptance)
+    return [
+        (
+            grown[budget] if budget <= EXACT_ROWS else polish(grown[budget], budget, acceptance)
+        ).template()
+        for budget in budgets
     ]
-    groups = {row: int(n) for row, n in enumerate(template.group_length) if n}
-    return _Draft(nodes, groups).expected_length(_checked(acceptance, template.num_masks))
 
 
-def _checked(acceptance: Sequence[Sequence[float]] | None, num_masks: int) -> list[list[float]]:
-    """`[num_masks][ranks]`; the default table repeats its last mask where k is larger."""
+def expected_length(template: Template, acceptance: Mapping[str, Any] | None = None) -> float:
+    """Expected accepted length of a template in the long run (tokens per step and request)."""
+    table = acceptance_table(acceptance, template.num_masks)
+    return float(long_run_of(template, table).accepted_length[0])
+
+
+def long_run_of(
+    template: Template,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> LongRun:
+    """Expectations of one template, each `[1]`."""
+    return evaluate([Draft.of(template)], acceptance)
+
+
+def acceptance_table(acceptance: Mapping[str, Any] | None, num_masks: int) -> np.ndarray:
+    """`[ages, 2, num_masks, ranks]` from an adapter's statistics (`training.evaluate.acceptance_statistics`).
+
+    Their `conditional_rank_probability`, or, without it, `rank_probability` `[k][ranks]` for every age
+    and parent. None: the default, whose last mask is repeated where k is larger.
+
+    Raises:
+        TemplateError: not `num_masks` equally long lists of probabilities.
+    """
     if acceptance is None:
-        rows = [
-            list(DEFAULT_ACCEPTANCE[min(j, len(DEFAULT_ACCEPTANCE) - 1)]) for j in range(num_masks)
-        ]
-    else:
-        rows = [[float(p) for p in row] for row in acceptance]
-    if len(rows) < num_masks or any(
-        len(row) != len(rows[0]) or not row or min(row) < 0 or sum(row) > 1 + 1e-6 for row in rows
-    ):
+        last = len(DEFAULT_ACCEPTANCE) - 1
+        acceptance = {
+            "rank_probability": [DEFAULT_ACCEPTANCE[min(j, last)] for j in range(num_masks)]
+        }
+    plain = acceptance.get("rank_probability", ())
+    given = acceptance.get("conditional_rank_probability", [[plain, plain]])
+    try:
+        table = np.array(given, dtype=np.float64)[:, :, :num_masks]
+        wrong = table.ndim != 4 or table.shape[1:3] != (2, num_masks) or not table.size
+    except (ValueError, TypeError, IndexError):
+        wrong = True
+    if wrong or table.min() < 0 or table.sum(axis=-1).max() > 1 + 1e-5:
         raise TemplateError(
             f"Acceptance statistics must be {num_masks} equally long lists of probabilities by rank, each summing "
-            f"to at most 1; got {len(rows)} lists. Run 'bita eval' to make them."
+            f"to at most 1; got {len(plain)} lists. Run 'bita eval' to make them."
         )
-    return rows
+    return table
 
 
-@dataclass
-class _Draft:
-    """A template that is being grown: (parent, rank) of each node, group length by row."""
+@dataclass(frozen=True)
+class Draft:
+    """A template in the making, nodes in any order that has parents first.
 
-    nodes: list[tuple[int, int]] = field(default_factory=list)
-    groups: dict[int, int] = field(default_factory=dict)
+    Attributes:
+        parent: parent of each node, -1 for the root.
+        rank: candidate rank of each node, -1 for the root.
+        group: length of the mask group under each node.
+    """
+
+    parent: tuple[int, ...]
+    rank: tuple[int, ...]
+    group: tuple[int, ...]
+
+    @classmethod
+    def of(cls, template: Template) -> Draft:
+        nodes = template.num_nodes
+        return cls(
+            tuple(template.parent[:nodes].tolist()),
+            tuple(template.rank[:nodes].tolist()),
+            tuple(template.group_length.tolist()),
+        )
 
     @property
     def num_rows(self) -> int:
-        return 1 + len(self.nodes) + sum(self.groups.values())
-
-    def template(self) -> Template:
-        return Template.build(self.nodes, self.groups)
+        return len(self.parent) + sum(self.group)
 
     def depths(self) -> list[int]:
         depths = [0]
-        for parent, _ in self.nodes:
+        for parent in self.parent[1:]:
             depths.append(depths[parent] + 1)
         return depths
 
-    def successors(self, num_masks: int, num_ranks: int) -> list[_Draft]:
+    def template(self) -> Template:
+        """Nodes of the likeliest path first: they then lie in their KV slots already; the others by depth."""
+        depths, on_path = self.depths(), [True]
+        for parent, rank in zip(self.parent[1:], self.rank[1:], strict=True):
+            on_path.append(on_path[parent] and rank == 0)
+        order = sorted(
+            range(len(depths)), key=lambda node: (not on_path[node], depths[node], self.rank[node])
+        )
+        row = {node: i for i, node in enumerate(order)}
+        return Template.build(
+            [(row[self.parent[node]], self.rank[node]) for node in order[1:]],
+            {row[node]: length for node, length in enumerate(self.group) if length},
+        )
+
+    def grown(self, num_masks: int, num_ranks: int, max_rows: int) -> Iterator[Draft]:
         """One longer mask group; one more node with or without a group; a deeper node with all groups longer.
 
         The last makes depths reachable that pay only once many groups are long enough for them.
         """
-        found = []
-        depths = self.depths()
-        for row, depth in enumerate(depths):
-            for length in range(self.groups.get(row, 0) + 1, num_masks + 1):
-                found.append(_Draft(self.nodes, {**self.groups, row: length}))
-            rank = sum(parent == row for parent, _ in self.nodes)
-            if depth < num_masks and rank < num_ranks:
-                nodes = [*self.nodes, (row, rank)]
-                for length in range(num_masks + 1):
-                    extra = {len(nodes): length} if length else {}
-                    found.append(_Draft(nodes, {**self.groups, **extra}))
-                    if depth == max(depths) and length > depth:
-                        longer = {row: max(n, length) for row, n in self.groups.items()}
-                        found.append(_Draft(nodes, {**longer, **extra}))
-                        found.append(_Draft(nodes, {**longer, len(nodes): 1}))
-        return found
+        depths, room = self.depths(), max_rows - self.num_rows
+        deepest = max(depths)
+        for node, depth in enumerate(depths):
+            has = self.group[node]
+            for length in range(has + 1, min(num_masks, has + room) + 1):
+                yield replace(self, group=_put(self.group, node, length))
+            rank = self.parent.count(node)
+            if depth == num_masks or rank == num_ranks or not room:
+                continue
+            child = Draft((*self.parent, node), (*self.rank, rank), self.group)
+            for length in range(min(num_masks, room - 1) + 1):
+                yield replace(child, group=(*self.group, length))
+                if depth == deepest and length > depth:
+                    longer = tuple(max(n, length) if n else 0 for n in self.group)
+                    for own in {1, length}:
+                        deeper = replace(child, group=(*longer, own))
+                        if deeper.num_rows <= max_rows:
+                            yield deeper
 
-    def sources(self) -> list[tuple[int, ...]]:
-        """For a walk that stops at each row: mask index that gives the candidates of each next depth."""
-        found: list[tuple[int, ...]] = []
-        for row in range(len(self.nodes) + 1):
-            own = tuple(range(self.groups.get(row, 0)))
-            left_over = found[self.nodes[row - 1][0]][1:] if row else ()
-            if row and len(left_over) > len(own):
-                own += left_over[len(own) :]
-            found.append(own)
-        return found
+    def shrunk(self) -> Iterator[Draft]:
+        """One shorter mask group (never the root's last row); one leaf less, and its group."""
+        for node, has in enumerate(self.group):
+            for length in range(1 if node == 0 else 0, has):
+                yield replace(self, group=_put(self.group, node, length))
+            if node and node not in self.parent and self._is_last_child(node):
+                parent = tuple(p - (p > node) for p in self.parent)
+                yield Draft(*(_drop(column, node) for column in (parent, self.rank, self.group)))
 
-    def expected_length(self, acceptance: list[list[float]]) -> float:
-        sources, depths = self.sources(), self.depths()
-        states = [(), *sorted(set(sources) - {()})]
-        index = {state: i for i, state in enumerate(states)}
-        emitted, moves = [], []
-        for state in states:
-            reach, stop = [1.0], [1.0]
-            for row, (parent, rank) in enumerate(self.nodes, start=1):
-                depth = depths[row]
-                p = (
-                    reach[parent] * acceptance[state[depth - 1]][rank]
-                    if depth <= len(state)
-                    else 0.0
-                )
-                reach.append(p)
-                stop.append(p)
-                stop[parent] -= p
-            emitted.append(sum(reach))
-            move = [0.0] * len(states)
-            for row, p in enumerate(stop):
-                move[index[sources[row]]] += p
-            moves.append(move)
-        share = [1.0 / len(states)] * len(states)
-        for _ in range(40):
-            share = [
-                sum(share[i] * moves[i][j] for i in range(len(states))) for j in range(len(states))
-            ]
-        return sum(s * e for s, e in zip(share, emitted, strict=True))
+    def _is_last_child(self, node: int) -> bool:
+        return self.parent.count(self.parent[node]) == self.rank[node] + 1
+
+
+def every_draft(num_rows: int, num_masks: int, num_ranks: int) -> Iterator[Draft]:
+    """All templates of exactly `num_rows` rows whose children have ranks 0, 1, ...
+
+    With acceptance that falls with rank no other template can be better: a node of a lower rank may take
+    the place of one that is missing.
+    """
+    for group, children in _trees(num_rows, num_masks, num_masks, num_ranks):
+        if group:
+            yield _flat((group, children))
+
+
+# A node with what hangs under it: length of its mask group, its children by rank.
+_Tree = tuple[int, tuple["_Tree", ...]]
+
+
+@cache
+def _trees(rows: int, depth: int, num_masks: int, num_ranks: int) -> tuple[_Tree, ...]:
+    """All trees of that many rows, their root's own included, at most `depth` deep."""
+    return tuple(
+        (group, children)
+        for group in range(min(num_masks, rows - 1) + 1)
+        for children in _forests(rows - 1 - group, depth, num_masks, num_ranks, num_ranks)
+    )
+
+
+@cache
+def _forests(
+    rows: int, depth: int, num_masks: int, num_ranks: int, most: int
+) -> tuple[tuple[_Tree, ...], ...]:
+    if rows == 0:
+        return ((),)
+    if depth == 0 or most == 0:
+        return ()
+    return tuple(
+        (first, *rest)
+        for size in range(1, rows + 1)
+        for first in _trees(size, depth - 1, num_masks, num_ranks)
+        for rest in _forests(rows - size, depth, num_masks, num_ranks, most - 1)
+    )
+
+
+def _flat(tree: _Tree) -> Draft:
+    parent, rank, group = [-1], [-1], [tree[0]]
+    waiting = [(0, tree)]
+    while waiting:
+        place, (_, children) = waiting.pop()
+        for child_rank, child in enumerate(children):
+            waiting.append((len(parent), child))
+            parent.append(place)
+            rank.append(child_rank)
+            group.append(child[0])
+    return Draft(tuple(parent), tuple(rank), tuple(group))
+
+
+def grow(
+    max_rows: int,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+    exact_rows: int = EXACT_ROWS,
+) -> dict[int, Draft]:
+    """For every number of rows from 3 up the best draft found that has at most so many.
+
+    All drafts of up to `exact_rows` rows are compared; larger ones are grown from the best of these.
+    """
+    num_masks, num_ranks = acceptance.shape[2:]
+    # By number of rows: (expected length, draft), best first. Of drafts equally long one is kept.
+    levels: dict[int, list[tuple[float, Draft]]] = {}
+    for rows in range(2, max(exact_rows, MIN_ROWS) + 1):
+        levels[rows] = _best_few([], list(every_draft(rows, num_masks, num_ranks)), acceptance)
+    best: dict[int, Draft] = {}
+    longest = 0.0
+    for rows in range(2, max_rows + 1):
+        level = levels.pop(rows, [])
+        if level and level[0][0] > longest + GAIN:
+            longest, best[rows] = level[0]
+        else:
+            best[rows] = best[rows - 1]
+        by_size: dict[int, list[Draft]] = {}
+        for _, start in level:
+            for draft in start.grown(num_masks, num_ranks, max_rows):
+                by_size.setdefault(draft.num_rows, []).append(draft)
+        for size, drafts in by_size.items():
+            if size > exact_rows:
+                levels[size] = _best_few(levels.get(size, []), drafts, acceptance)
+    return best
+
+
+def _best_few(
+    found: list[tuple[float, Draft]], more: list[Draft], acceptance: np.ndarray
+) -> list[tuple[float, Draft]]:
+    lengths = evaluate(more, acceptance).accepted_length.tolist()
+    found = found + list(zip(lengths, more, strict=True))
+    by_length = {round(length, 9): (length, draft) for length, draft in found}
+    return [by_length[key] for key in sorted(by_length, reverse=True)[:BEAM]]
+
+
+def polish(draft: Draft, max_rows: int, acceptance: np.ndarray) -> Draft:
+    """Take something away and put something else in its place, as long as that helps."""
+    num_masks, num_ranks = acceptance.shape[2:]
+    length = evaluate([draft], acceptance).accepted_length[0]
+    for _ in range(MAX_ROUNDS):
+        moved = [
+            again for less in draft.shrunk() for again in less.grown(num_masks, num_ranks, max_rows)
+        ]
+        lengths = evaluate(moved, acceptance).accepted_length
+        if not len(moved) or lengths.max() <= length + GAIN:
+            break
+        draft, length = moved[int(lengths.argmax())], lengths.max()
+    return draft
+
+
+def evaluate(drafts: Sequence[Draft], acceptance: np.ndarray) -> LongRun:
+    """Expectations of many drafts, each `[len(drafts)]`."""
+    num_nodes = max((len(draft.parent) for draft in drafts), default=1)
+    states = 1 << acceptance.shape[2]
+    chunk = max(1, CHUNK // (num_nodes * min(states, 64)))
+    found = [
+        long_run(_padded(drafts[start : start + chunk], num_nodes), acceptance)
+        for start in range(0, len(drafts), chunk)
+    ]
+    return LongRun(
+        np.concatenate([np.zeros(0), *(run.accepted_length for run in found)]),
+        np.concatenate([np.zeros(0), *(run.rows for run in found)]),
+    )
+
+
+def _padded(drafts: Sequence[Draft], num_nodes: int) -> Drafts:
+    def column(values: Iterable[tuple[int, ...]], padding: int) -> np.ndarray:
+        lines = [value + (padding,) * (num_nodes - len(value)) for value in values]
+        return np.array(lines, dtype=np.int64)
+
+    return Drafts(
+        parent=column((draft.parent for draft in drafts), 0),
+        rank=column((draft.rank for draft in drafts), -1),
+        group=column((draft.group for draft in drafts), 0),
+    )
+
+
+def _put(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
+    return (*values[:place], value, *values[place + 1 :])
+
+
+def _drop(values: tuple[int, ...], place: int) -> tuple[int, ...]:
+    return (*values[:place], *values[place + 1 :])

@@ -59,7 +59,7 @@ class StepBlocks:
 
     def mask_rows(self) -> np.ndarray:
         """Rows of the step that hold masks, ascending."""
-        places = np.arange(self.table.template.num_rows)
+        places = np.arange(self.table.depth.shape[1])
         inside = (self.line >= 0)[:, None] & (places >= self.num_nodes[:, None])
         inside &= places < self.num_rows[:, None]
         return (self.first_row[:, None] + places)[inside]
@@ -67,7 +67,7 @@ class StepBlocks:
     def depth_of_rows(self) -> np.ndarray:
         """`[rows of the step]` depth in the tree minus place in the block: position minus KV slot."""
         offset = np.zeros(int(self.num_rows.sum()), dtype=np.int64)
-        rows = np.arange(self.table.template.num_rows)
+        rows = np.arange(self.table.depth.shape[1])
         inside = (self.line >= 0)[:, None] & (rows < self.num_rows[:, None])
         target = self.first_row[:, None] + rows
         offset[target[inside]] = (self.table.depth[self.line] - rows)[inside]
@@ -88,12 +88,12 @@ class StepBlocks:
         plain step would draw it, given the tokens before it.
         """
         num_requests = len(self.line)
-        longest = self.table.template.max_depth + 1
+        longest = self.table.max_depth + 1
         tokens = np.full((num_requests, longest), -1, dtype=np.int64)
         path = np.zeros((num_requests, longest), dtype=np.int64)
         node = np.zeros(num_requests, dtype=np.int64)
         walking = emitting.copy()
-        places = np.arange(self.table.template.num_nodes)
+        places = np.arange(self.table.max_nodes)
         inside = places < self.num_nodes[:, None]
         held = np.full(inside.shape, -1, dtype=np.int64)
         held[inside] = node_tokens
@@ -110,13 +110,17 @@ class StepBlocks:
             node = np.where(walking, child.argmax(axis=1), node)
         return Walk(tokens=tokens, path=path, num_emitted=(tokens >= 0).sum(axis=1), last_node=node)
 
-    def next_blocks(self, walk: Walk) -> NextBlocks:
-        """Lines of the next blocks, and the mask rows whose logits fill their candidates."""
+    def next_blocks(self, walk: Walk, template: int = 0) -> NextBlocks:
+        """Lines of the next blocks, all of one template, and the mask rows whose logits fill their candidates."""
         rows = self.table.candidate_rows[self.line, walk.last_node]
         usable = (rows >= 0) & (rows < self.num_rows[:, None]) & (self.line >= 0)[:, None]
-        line = np.cumprod(usable, axis=1).sum(axis=1)
-        usable = np.arange(rows.shape[1]) < line[:, None]
-        return NextBlocks(line=line, mask_rows=np.where(usable, self.first_row[:, None] + rows, -1))
+        depths = np.cumprod(usable, axis=1).sum(axis=1)
+        depths = np.minimum(depths, self.table.max_depths[template])
+        usable = np.arange(rows.shape[1]) < depths[:, None]
+        return NextBlocks(
+            line=self.table.first_line[template] + depths,
+            mask_rows=np.where(usable, self.first_row[:, None] + rows, -1),
+        )
 
 
 @dataclass
@@ -148,17 +152,27 @@ class NextBlocks:
     """The blocks of the next step.
 
     Attributes:
-        line: `[B]` line of the template table: how many depths have candidates.
+        line: `[B]` line of the template table: which template, how many depths have candidates.
         mask_rows: `[B, max_depth]` row of the step whose logits give the candidates of depth d+1, -1 if none.
     """
 
     line: np.ndarray
     mask_rows: np.ndarray
 
+    @classmethod
+    def without_candidates(
+        cls, table: TemplateTable, num_requests: int, template: int = 0
+    ) -> NextBlocks:
+        """After a step without blocks."""
+        return cls(
+            line=np.full(num_requests, table.first_line[template]),
+            mask_rows=np.full((num_requests, table.max_depth), -1),
+        )
+
     def fill(
         self,
         table: TemplateTable,
-        # [number of mask_rows >= 0, template.max_rank], most likely token first
+        # [number of mask_rows >= 0, ranks that the template uses], most likely token first
         top_tokens: np.ndarray,
         first_mask_id: int,
     ) -> list[list[int]]:

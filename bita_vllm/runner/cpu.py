@@ -23,7 +23,7 @@ from bita_vllm.attention.cpu import (
     move_rows,
 )
 from bita_vllm.config import DrafterSeat, get_settings
-from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks, Walk
+from bita_vllm.runner.blocks import NO_BLOCK, NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.mask_lora import opaque_operation
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # measured on SmolLM2's head (49152 x 576, fp32, one core): 4 rows 12 ms against 10 + 9, 16 rows 29
 # against 18 + 9.
 MAX_ROWS_IN_ONE_LOGITS_PASS = 16
+PLAIN = -1
 
 add_mask_lora = opaque_operation("add_mask_lora_cpu", add_mask_lora_naive)
 
@@ -62,7 +63,11 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.drafter = DrafterSeat(vllm_config)
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
-        self.table = TemplateTable(settings.template)
+        self.table = TemplateTable(*settings.templates)
+        # Index of the template by number of requests in the batch, PLAIN for none.
+        widths = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
+        indices = {width: index for index, width in enumerate(settings.ladder.widths)}
+        self._template_of_batch = [indices.get(int(width), PLAIN) for width in widths]
         self.vocab_size = self.model_config.get_vocab_size()
         self._lines: dict[str, int] = {}
         self._blocks: StepBlocks | None = None
@@ -96,11 +101,15 @@ class BitaCPUModelRunner(CPUModelRunner):
         """Stock inputs; then positions follow the tree, and logits are asked for node rows.
 
         Mask rows come along behind them when all are few; else only the chosen groups', after the walk.
+        A step without any block stays stock to its end.
         """
-        super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        last_rows, *_ = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         for request_id in scheduler_output.finished_req_ids:
             self._lines.pop(request_id, None)
         drafts = scheduler_output.scheduled_spec_decode_tokens
+        # Stock sampling also draws for partial prefills, and rewinds their generators afterwards.
+        if not drafts and not self.discard_request_mask.np[: self.input_batch.num_reqs].any():
+            return last_rows, None, 1
         lines = [self._lines[i] if i in drafts else NO_BLOCK for i in self.input_batch.req_ids]
         blocks = StepBlocks.build(
             self.table, np.array(lines, dtype=np.int64), num_scheduled_tokens.astype(np.int64)
@@ -137,15 +146,23 @@ class BitaCPUModelRunner(CPUModelRunner):
         return list(groups.values())
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows."""
+        """Stock; the scheduler is told which block each request had, for its metrics.
+
+        In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
+        """
+        lines = None if self._blocks is None else self._blocks.line.tolist()
         has_blocks = self._blocks is not None and bool((self._blocks.line >= 0).any())
         self._grammar = grammar_output if has_blocks else None
-        return super().sample_tokens(None if has_blocks else grammar_output)
+        output = super().sample_tokens(None if has_blocks else grammar_output)
+        if output is not None:
+            output.block_lines = lines
+        return output
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: None) -> SamplerOutput:
         """Walk every tree; accepted rows move to their KV slots."""
         batch, blocks = self.input_batch, self._blocks
-        assert blocks is not None
+        if blocks is None:
+            return super()._sample(logits, spec_decode_metadata)
         num_node_rows = int(blocks.num_nodes.sum())
         logits, self._mask_logits = logits[:num_node_rows], logits[num_node_rows:]
         if self._grammar is not None:
@@ -216,19 +233,26 @@ class BitaCPUModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """The next blocks: logits of the chosen mask groups only, their top tokens, mask ids."""
         blocks, walk = self._blocks, self._walk
-        assert blocks is not None and walk is not None
         self._blocks = self._walk = None
         if self._step_mask_rows is not None:
             self._step_mask_rows.num.zero_()  # vLLM's dummy steps have none
-        upcoming = blocks.next_blocks(walk)
+        num_requests = self.input_batch.num_reqs
+        template = self._template_of_batch[num_requests]
+        if template == PLAIN:
+            return [[] for _ in range(num_requests)]
+        if blocks is None or walk is None:
+            upcoming = NextBlocks.without_candidates(self.table, num_requests, template)
+        else:
+            upcoming = blocks.next_blocks(walk, template)
         mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
-        top_tokens = np.zeros((0, self.settings.template.max_rank), dtype=np.int64)
-        if len(mask_rows):
+        num_ranks = int(self.table.max_ranks[template])
+        top_tokens = np.zeros((0, num_ranks), dtype=np.int64)
+        if blocks is not None and len(mask_rows):
             if len(self._mask_logits):
                 logits = self._mask_logits[np.searchsorted(blocks.mask_rows(), mask_rows)]
             else:
                 logits = self.model.compute_logits(hidden_states[torch.from_numpy(mask_rows)])
-            top_tokens = logits.topk(self.settings.template.max_rank, dim=-1).indices.numpy()
+            top_tokens = logits.topk(num_ranks, dim=-1).indices.numpy()
         drafts = upcoming.fill(self.table, top_tokens, self.vocab_size)
         self._lines.update(zip(self.input_batch.req_ids, upcoming.line.tolist(), strict=True))
         return drafts

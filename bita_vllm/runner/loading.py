@@ -101,7 +101,7 @@ def put_in_adapter(
     logger.info(
         "bita: adapter %s, step block of %s%s, %.1f MiB added.",
         settings.adapter_dir,
-        settings.template.describe(),
+        settings.ladder.describe(),
         deltas,
         added / 2**20,
     )

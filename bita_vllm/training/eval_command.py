@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "model": portable_name(model),
         "data": portable_name(args.data or args.prompts),
     }
-    templates = {tree: parse_tree(tree, config, acceptance["rank_probability"]) for tree in trees}
+    templates = {tree: parse_tree(tree, config, acceptance) for tree in trees}
     if not args.no_save:
         save_acceptance(adapter_dir, acceptance)
     rows = []

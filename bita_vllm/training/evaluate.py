@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ CONDITION = (
     "over the nodes that greedy decoding with reference_tree reached (all tokens before accepted) and that had "
     "candidates from that mask"
 )
+SMOOTHING = 10  # places that the mean counts as, where a condition was met seldom
 
 
 @torch.no_grad()
@@ -114,12 +115,16 @@ def accepted_lengths(template: Template, ranks: Sequence[np.ndarray]) -> list[li
 
 
 def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The table that template choice needs (`tree_search.best_template`), and what it is over.
+    """The table that template choice needs (`tree_search.acceptance_table`), and what it is over.
 
     `rank_probability` `[k][NUM_RANKS]` is P(the candidate of rank r of mask j is the token | the
     tokens before it were accepted). Which places that leaves depends on the tree: they are those
     that decoding with the reference tree comes to, and all ranks are counted there, in the tree or
     not. A mask that was never reached has zeros, and `num_positions` says so.
+
+    `conditional_rank_probability` `[k ages][2][k][NUM_RANKS]` is what `tuning.process` goes by: apart
+    by age of the prediction, and by whether the token before was its parent's top candidate (0) or a
+    lower one (1), after which acceptance is far lower.
     """
     num_masks = ranks[0].shape[1]
     widths = [REFERENCE_WIDTHS[min(j, len(REFERENCE_WIDTHS) - 1)] for j in range(num_masks)]
@@ -130,12 +135,50 @@ def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:
             counts[mask_index, min(rank, NUM_RANKS)] += 1
     num = counts.sum(axis=1)
     probability = counts[:, :NUM_RANKS] / np.maximum(num, 1)[:, None]
+    conditional = conditional_counts(ranks, widths)
     return {
         "rank_probability": [[round(p, 6) for p in row] for row in probability.tolist()],
         "num_positions": num.tolist(),
         "reference_tree": ",".join(map(str, widths)),
         "condition": CONDITION,
+        "conditional_rank_probability": np.round(_smoothed(conditional), 6).tolist(),
+        "conditional_num_positions": conditional.sum(axis=-1).tolist(),
     }
+
+
+def conditional_counts(ranks: Sequence[np.ndarray], widths: Sequence[int]) -> np.ndarray:
+    """`[k ages, 2, k masks, NUM_RANKS + 1]` at which rank candidates held the token; last: at none of these.
+
+    Counted along two walks of every answer, in a tree that has `widths` children under *every* node:
+    with mask groups everywhere, and, for age 1 and more, with one under the root only. Axis 1 is 1
+    where the token before was not its parent's top candidate.
+    """
+    k = len(widths)
+    counts = np.zeros((k, 2, k, NUM_RANKS + 1), dtype=np.int64)
+    for rows in ranks:
+        by_place = rows.tolist()
+        for only_root in (False, True):
+            root, group, first_mask = 0, -1, k  # the group speaks on from this mask index
+            while root < len(by_place) - 1:
+                depth, lower = 0, 0
+                for mask in range(first_mask, k):
+                    rank = by_place[group][mask]
+                    if only_root == (first_mask > 0):
+                        counts[first_mask, lower, mask, min(rank, NUM_RANKS)] += 1
+                    if rank >= widths[depth] or root + depth + 1 == len(by_place) - 1:
+                        break
+                    depth, lower = depth + 1, int(rank > 0)
+                group, first_mask = (root, depth) if only_root else (root + depth, 0)
+                root += depth + 1
+    return counts
+
+
+def _smoothed(counts: np.ndarray) -> np.ndarray:
+    """Probability of each rank; what was seen seldom is drawn towards the mask's mean."""
+    of_mask = counts.sum(axis=(0, 1))  # [k, NUM_RANKS + 1]
+    mean = of_mask / np.maximum(of_mask.sum(axis=-1, keepdims=True), 1)
+    total = counts.sum(axis=-1, keepdims=True)
+    return ((counts + SMOOTHING * mean) / (total + SMOOTHING))[..., :NUM_RANKS]
 
 
 def save_acceptance(adapter_dir: Path, statistics: dict[str, Any]) -> None:
@@ -153,17 +196,15 @@ def save_acceptance(adapter_dir: Path, statistics: dict[str, Any]) -> None:
         ) from error
 
 
-def parse_tree(
-    spec: str, config: AdapterConfig, rank_probability: Sequence[Sequence[float]] | None
-) -> Template:
+def parse_tree(spec: str, config: AdapterConfig, acceptance: Mapping[str, Any] | None) -> Template:
     """'5,4,3', 'auto' (the adapter's row budget), 'auto:24' (at most 24 rows), or a template file.
 
-    `rank_probability` is what 'auto' chooses by (None: the default). Raises TemplateError.
+    `acceptance` is what 'auto' chooses by (None: the default). Raises TemplateError.
     """
     name, _, rows = spec.partition(":")
     if name == "auto" and (rows.isdigit() or spec == "auto"):
         budget = int(rows) if rows else config.speculative_tokens + 1
-        return best_template(budget, config.num_mask_tokens, rank_probability)
+        return best_template(budget, config.num_mask_tokens, acceptance)
     template = Template.from_text(spec, config.num_mask_tokens)
     if template is None:
         raise TemplateError(

@@ -16,6 +16,7 @@ import torch
 from e2e.engines import ON_GPU_RUNNER
 from vllm import RequestOutput
 
+from bita_vllm.runner.blocks import NO_BLOCK
 from bita_vllm.tree import TemplateTable
 
 
@@ -25,7 +26,7 @@ class StepRecord:
 
     Attributes:
         request: vLLM's request id.
-        line: depths that the block had candidates for, -1 without a block.
+        line: of the template table (with one template: depths that had candidates), -1 without a block.
         path: rows of the block that were taken, root first.
         tokens: emitted by the walk, before a stop or max_tokens cuts them.
     """
@@ -52,8 +53,13 @@ def _record_cpu(patch: pytest.MonkeyPatch, steps: list[StepRecord]) -> None:
 
     def recording(self: BitaCPUModelRunner, *args: Any) -> Any:
         output = sample(self, *args)
-        walk, lines = self._walk, self._blocks.line.tolist()
-        _append(steps, self.input_batch.req_ids, lines, walk.path, walk.tokens, walk.num_emitted)
+        requests, walk = self.input_batch.req_ids, self._walk
+        if self._blocks is None:  # a plain step
+            for request, token in zip(requests, output.sampled_token_ids.tolist(), strict=True):
+                steps.append(StepRecord(request, NO_BLOCK, [0], token))
+        else:
+            lines = self._blocks.line.tolist()
+            _append(steps, requests, lines, walk.path, walk.tokens, walk.num_emitted)
         return output
 
     patch.setattr(BitaCPUModelRunner, "_sample", recording)
@@ -131,9 +137,11 @@ def _candidates(
     # what follows the block's root
     follows: list[int],
 ) -> np.ndarray:
-    """`[line, max_rank]` candidates: the known tokens on the path to a random node, else wrong ones."""
-    candidates = rng.integers(0, vocab_size, size=(line, table.template.max_rank))
-    path, row = [], int(rng.integers(0, table.num_nodes[line]))
+    """`[depths, max_rank]` candidates: the known tokens on the path to a random node, else wrong ones."""
+    num_nodes = table.num_nodes[line]
+    depths = table.depth[line, :num_nodes].max()
+    candidates = rng.integers(0, vocab_size, size=(depths, table.max_ranks.max()))
+    path, row = [], int(rng.integers(0, num_nodes))
     while row > 0:
         path.append(int(table.rank[line, row]))
         row = int(table.parent[line, row])

@@ -17,6 +17,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from bita_vllm import config as bita_config
+from bita_vllm.ladder import Ladder
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.tree import Template
 
@@ -144,23 +145,22 @@ def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
         assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
 
 
-def test_tokens_equal_plain_v2_on_a_ladder(case, monkeypatch):
+def test_tokens_equal_plain_v2_on_a_ladder(case, monkeypatch, tmp_path):
     """Four requests decode plainly, three and two with narrow blocks, one with wide ones."""
     model, adapter, plain = case
     wide, narrow = Template.from_widths([3, 2], 3), Template.from_widths([2], 3)
     table = [(1, 1, wide.num_rows - 1), (2, 3, narrow.num_rows - 1), (4, 4, 0)]
+    ladder = Ladder({t.num_rows - 1: t for t in (wide, narrow)}, table)
+    ladder.save(tmp_path / "ladder.json")
     build = bita_config.build_speculative_config
 
-    def with_ladder(*args):
-        config = build(*args)
-        config.num_speculative_tokens_per_batch_size = table
-        return config
+    def as_on_a_gpu(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(bita_config, "on_gpu", lambda: True)
+            return build(*args)
 
-    monkeypatch.setattr(bita_config, "build_speculative_config", with_ladder)
-    monkeypatch.setattr(
-        bita_config.BitaSettings, "templates", property(lambda self: (wide, narrow))
-    )
-    bita = {"model": str(adapter), "tree": "3,2"}
+    monkeypatch.setattr(bita_config, "build_speculative_config", as_on_a_gpu)
+    bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
     widths = []
     choose = StepTrees.choose_lines
 

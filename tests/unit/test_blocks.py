@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
+from bita_vllm.runner.blocks import NO_BLOCK, NextBlocks, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 FIRST_MASK_ID = 1000
@@ -13,6 +13,11 @@ TABLES = {
         Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2})
     ),
     "chain": TemplateTable(Template.from_widths([1, 1], 2)),
+    "ladder": TemplateTable(
+        Template.build([(0, 0)], {0: 1}),
+        Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 2: 1}),
+        Template.from_widths([3, 2, 1], 3),
+    ),
 }
 
 
@@ -53,7 +58,7 @@ def test_rows_positions_and_nodes(name, seed):
 def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
     table = TABLES[name]
     generator, blocks, tokens = make_step(table, seed)
-    template = table.template
+    template = seed % len(table.first_line)  # of the next blocks
     # targets that often match a child: half of the nodes want one of their children's tokens
     targets = generator.integers(600, 700, len(tokens))
     for request, line in enumerate(blocks.line):
@@ -69,7 +74,7 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         return targets[nodes]
 
     walk = blocks.walk(tokens, sample, emitting)
-    upcoming = blocks.next_blocks(walk)
+    upcoming = blocks.next_blocks(walk, template)
     assert [step for step, _ in calls] == list(range(len(calls)))
     for request, line in enumerate(blocks.line):
         first, num_nodes = blocks.first_node[request], blocks.num_nodes[request]
@@ -94,14 +99,15 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         if line != NO_BLOCK:
             rows = table.candidate_rows[line, node]
             while (
-                available < template.max_depth and 0 <= rows[available] < blocks.num_rows[request]
+                available < table.max_depths[template]
+                and 0 <= rows[available] < blocks.num_rows[request]
             ):
                 assert (
                     upcoming.mask_rows[request, available]
                     == blocks.first_row[request] + rows[available]
                 )
                 available += 1
-        assert upcoming.line[request] == available
+        assert upcoming.line[request] == table.first_line[template] + available
         assert (upcoming.mask_rows[request, available:] == -1).all()
     request, row, place = walk.moves()
     assert all(
@@ -114,10 +120,11 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
 def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
     table = TABLES[name]
     _, blocks, tokens = make_step(table, 3, num_requests=30)
+    template = len(table.first_line) - 1
     walk = blocks.walk(tokens, lambda nodes, *_: np.full(len(nodes), 900), np.ones(30, dtype=bool))
-    upcoming = blocks.next_blocks(walk)
+    upcoming = blocks.next_blocks(walk, template)
     used = upcoming.mask_rows[upcoming.mask_rows >= 0]
-    top_tokens = used[:, None] * 10 + np.arange(table.template.max_rank)
+    top_tokens = used[:, None] * 10 + np.arange(table.max_ranks[template])
     drafts = upcoming.fill(table, top_tokens, FIRST_MASK_ID)
     for request, draft in enumerate(drafts):
         line = upcoming.line[request]
@@ -128,3 +135,18 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
                 assert token == source * 10 + table.rank[line, row]
             else:
                 assert token == FIRST_MASK_ID + table.mask_index[line, row]
+
+
+def test_after_a_plain_step_blocks_have_no_candidates():
+    table = TABLES["ladder"]
+    drafts = NextBlocks.without_candidates(table, 2, template=1).fill(
+        table, np.zeros((0, 2), dtype=np.int64), FIRST_MASK_ID
+    )
+    assert drafts == [[FIRST_MASK_ID, FIRST_MASK_ID + 1, FIRST_MASK_ID + 2]] * 2
+
+
+def test_lines_of_templates_lie_behind_each_other():
+    table = TABLES["ladder"]
+    assert table.first_line.tolist() == [0, 2, 5]
+    assert table.num_rows.tolist() == [2, 3, 4, 7, 8, 4, 16, 24, 28]
+    assert (table.max_depth, table.max_nodes, table.depth.shape[1]) == (3, 7, 28)

@@ -18,6 +18,7 @@ from bita_vllm import config as bita_config
 from bita_vllm import plugin
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.config import get_settings
+from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.tree import Template
 
 plugin.register()
@@ -99,6 +100,42 @@ def test_template_file_sets_the_rows(make, tmp_path):
     assert (settings.template.parent == template.parent).all()
 
 
+@pytest.fixture
+def ladder(tmp_path):
+    """The file of a ladder: 16 rows for one request, 4 for two, then plain."""
+    templates = {15: Template.from_widths([2, 1], 3), 3: Template.from_widths([1], 1)}
+    Ladder(templates, [(1, 1, 15), (2, 2, 3), (3, 3, 0)]).save(tmp_path / "my_ladder.json")
+    return tmp_path / "my_ladder.json"
+
+
+def test_ladder_file_sets_the_templates(make, ladder):
+    settings = get_settings(make({"ladder": str(ladder)}))
+    assert settings.ladder.lookup(4).tolist() == [0, 15, 3, 0, 0]
+    assert [template.num_rows for template in settings.templates] == [4, 16]
+    assert settings.num_speculative_tokens == 15
+    assert (settings.template.num_rows, settings.max_depth) == (16, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_speculative_tokens": "auto"}, {"tree": "auto"}])
+def test_ladder_beside_the_adapter_is_the_default(make, adapter, ladder, tmp_path, options):
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    shutil.copy(ladder, copied / LADDER_FILE)
+    settings = get_settings(make({"model": str(copied), **options}))
+    assert settings.ladder.widths == [3, 15]
+    fixed = get_settings(make({"model": str(copied), "num_speculative_tokens": 9}))
+    assert len(fixed.templates) == 1
+    assert fixed.num_speculative_tokens <= 9
+    assert len(get_settings(make({"model": str(copied), "tree": "2,1"})).templates) == 1
+
+
+def test_ladder_for_more_masks_than_the_adapter_has_is_refused(make, tmp_path):
+    template = Template.from_widths([1], 4)
+    Ladder.fixed(template).save(tmp_path / "long.json")
+    message = refused(lambda: make({"ladder": str(tmp_path / "long.json")}))
+    assert "a mask group of 4 rows, but the adapter has 3 mask tokens" in message
+
+
 def test_scheduler_counts_the_template_rows(make):
     config = make({"tree": "2,1", "num_speculative_tokens": 60})
     assert config.num_speculative_tokens == get_settings(config).num_speculative_tokens == 15
@@ -156,6 +193,12 @@ OPTIONS = {
     "draft quantization": ({"quantization": "fp8"}, ["'quantization'", "'fp8'"]),
     "no adapter": ({"model": None}, ["--speculative-model"]),
     "adapter not there": ({"model": "/no/such/adapter"}, ["/no/such/adapter", "does not exist"]),
+    "ladder that is not there": ({"ladder": "no.json"}, ["'no.json'", "'bita tune'"]),
+    "ladder and tree": ({"ladder": "x.json", "tree": "2,1"}, ["'x.json'", "leave the ladder out"]),
+    "ladder and budget": (
+        {"ladder": "x.json", "num_speculative_tokens": 9},
+        ["'x.json'", "num_speculative_tokens or tree is given too"],
+    ),
     "budget zero": ({"num_speculative_tokens": 0}, ["num_speculative_tokens is 0", "2 to 255"]),
     "budget too large": ({"num_speculative_tokens": 256}, ["is 256", "2 to 255"]),
     "budget as text": ({"num_speculative_tokens": "9"}, ["'9'", "whole number"]),

@@ -17,6 +17,7 @@ from bita_vllm.training.evaluate import (
     acceptance_statistics,
     accepted_lengths,
     answer_ranks,
+    conditional_counts,
     mask_accuracy,
     parse_tree,
     save_acceptance,
@@ -146,6 +147,32 @@ def test_acceptance_counts_the_candidates_of_the_reference_walk():
     ]
 
 
+def test_acceptance_by_age_and_by_the_parents_rank():
+    """M1 is always the second candidate, M2 the first where M1's group is under an even token."""
+    ranks = np.full((41, 2), 1, dtype=np.int32)
+    ranks[::2, 1] = 0
+    ranks[-2:, 0] = ranks[-3:, 1] = NO_RANK
+    counts = conditional_counts([ranks], [5, 4])
+    # groups everywhere: 0 -> 1; then 1 -> 4, 4 -> 7, ... three tokens a step, M1 then M2 under lower ranks
+    assert counts[0, 0, 0, 1] > 10
+    assert counts[0, 0, 1].sum() == 0  # M2 never follows a top candidate ...
+    assert counts[0, 1, 1, 0] > 5  # ... but lower ones: half of the groups are under even tokens
+    assert counts[0, 1, 1, 1] > 5
+    # a group under the root only is used up in one step: nothing is left of it
+    assert counts[1].sum() == 0
+    probability = acceptance_statistics([ranks])["conditional_rank_probability"]
+    assert probability[0][0][0][1] > 0.95
+
+
+def test_left_over_predictions_are_counted_by_age():
+    """M1's token is the first candidate, M2's is not in the tree: each second step uses what is left of the root's."""
+    ranks = np.zeros((40, 2), dtype=np.int32)
+    ranks[:, 1] = 9
+    counts = conditional_counts([ranks], [5, 4])
+    assert counts[1, 0, 1, 9] > 5
+    assert counts[1, :, 0].sum() == counts[1, 1].sum() == 0
+
+
 def test_mask_that_was_never_reached_has_zeros():
     statistics = acceptance_statistics([np.full((20, 3), 50, dtype=np.int32)])
     assert statistics["rank_probability"] == [[0.0] * NUM_RANKS] * 3
@@ -155,13 +182,14 @@ def test_mask_that_was_never_reached_has_zeros():
 def test_saved_statistics_choose_the_tree(adapter):
     probability = [[0.1] * 9 + [0.0], [0.05] * 10, [0.01] * 10]
     before = json.loads((adapter / "config.json").read_text())
-    save_acceptance(adapter, {"rank_probability": probability, "num_positions": [9, 9, 9]})
+    statistics = {"rank_probability": probability, "num_positions": [9, 9, 9]}
+    save_acceptance(adapter, statistics)
     config = AdapterConfig.load(adapter)
     assert config.acceptance["rank_probability"] == probability
     assert {**config.raw, "acceptance": None} == {**before, "acceptance": None}
-    chosen = parse_tree("auto:20", config, config.acceptance["rank_probability"])
+    chosen = parse_tree("auto:20", config, config.acceptance)
     assert chosen.num_rows <= 20
-    assert chosen.describe() == best_template(20, K, probability).describe()
+    assert chosen.describe() == best_template(20, K, statistics).describe()
     assert chosen.describe() != best_template(20, K).describe()
 
 

@@ -1,0 +1,185 @@
+"""The ladder: which template a step uses, by how many requests are in the batch (NumPy only).
+
+Rows cost, and the more requests share a step the more they cost; so few requests get large step
+blocks, many get small ones, and at width 0 a step is plain vLLM's (DESIGN section 8).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bita_vllm.tree import Template, TemplateError
+
+LADDER_FILE = "ladder.json"  # beside the adapter's config
+FORMAT_VERSION = 1
+PLAIN_WIDTH = 0
+
+
+class LadderError(ValueError):
+    """A ladder that cannot be used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """Templates by width, and the table from batch size to width.
+
+    A width counts draft tokens as vLLM does: R-1, the rows of a step block less the root. Width 0 is
+    plain decoding and has no template.
+
+    Attributes:
+        templates: width -> template of that many rows and a root; at least one. More than the table
+            names are allowed.
+        batch_sizes: (first, last, width) of each range of batch sizes, both ends included, ascending;
+            as vLLM's `num_speculative_tokens_per_batch_size` (vllm/v1/spec_decode/dynamic/utils.py):
+            the first range starts at 1; a gap, and what comes after the last range, takes the width
+            of the range before it.
+        provenance: where cost and acceptance were measured; kept as it is.
+    """
+
+    templates: Mapping[int, Template]
+    batch_sizes: Sequence[tuple[int, int, int]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises LadderError."""
+        if not self.templates:
+            raise LadderError(
+                "A ladder needs at least one template; make one with 'bita tune', or serve without bita."
+            )
+        for width, template in self.templates.items():
+            if width != template.num_rows - 1:
+                raise LadderError(
+                    f"Ladder: the template under width {width} has {template.num_rows} rows; "
+                    f"its width is its rows less the root, {template.num_rows - 1}."
+                )
+        _check_ranges(self.batch_sizes)
+        for first, last, width in self.batch_sizes:
+            if width != PLAIN_WIDTH and width not in self.templates:
+                raise LadderError(
+                    f"Ladder: batch sizes {first} to {last} ask for width {width}, but there are templates of "
+                    f"width {', '.join(map(str, self.widths))} only; use one of them, or 0 for plain decoding."
+                )
+
+    @classmethod
+    def fixed(cls, template: Template) -> Ladder:
+        """One template for every batch size."""
+        width = template.num_rows - 1
+        return cls({width: template}, [(1, 1, width)])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ladder:
+        """Read what `save` wrote; from `path` itself, or from its `ladder.json` if it is a directory.
+
+        Raises LadderError.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / LADDER_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["bita_ladder"]
+            templates = [Template.from_dict(entry) for entry in content["templates"]]
+            ranges = [_range(entry) for entry in content["batch_sizes"]]
+            provenance = dict(content.get("provenance", {}))
+        except TemplateError as error:
+            raise LadderError(f"Ladder file {path}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LadderError(
+                f"Ladder file {path} cannot be read ({type(error).__name__}: {error}); make it again with 'bita tune'."
+            ) from None
+        if version != FORMAT_VERSION:
+            raise LadderError(
+                f"Ladder file {path} has format {version!r}, but this bita reads format {FORMAT_VERSION}; "
+                "make it again with 'bita tune'."
+            )
+        by_width = {template.num_rows - 1: template for template in templates}
+        if len(by_width) < len(templates):
+            raise LadderError(f"Ladder file {path} has two templates of one width; leave one out.")
+        return cls(by_width, ranges, provenance)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON form, in one move. Raises LadderError."""
+        path = Path(path)
+        content = {
+            "bita_ladder": FORMAT_VERSION,
+            "batch_sizes": [list(entry) for entry in self.batch_sizes],
+            "templates": [self.templates[width].to_dict() for width in self.widths],
+            "provenance": dict(self.provenance),
+        }
+        scratch = path.with_suffix(".saving")
+        try:
+            scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(scratch, path)
+        except OSError as error:
+            raise LadderError(f"The ladder could not be written to {path} ({error}).") from error
+
+    def check(self, num_masks: int) -> None:
+        """Raise LadderError unless an adapter with k = `num_masks` can serve every template."""
+        longest = max(template.num_masks for template in self.templates.values())
+        if longest > num_masks:
+            raise LadderError(
+                f"The ladder has a mask group of {longest} rows, but the adapter has {num_masks} mask tokens; "
+                "make a ladder for this adapter with 'bita tune'."
+            )
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Widths that have a template, ascending."""
+        return sorted(self.templates)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every batch size has the same width."""
+        return len({width for _, _, width in self.batch_sizes}) == 1
+
+    @property
+    def widest(self) -> Template:
+        """The largest template: what memory and token budgets are sized for."""
+        return self.templates[self.widths[-1]]
+
+    def lookup(self, max_batch_size: int) -> np.ndarray:
+        """`[max_batch_size + 1]` int32, width by batch size; entry 0 stands for no request."""
+        table = np.full(max_batch_size + 1, PLAIN_WIDTH, dtype=np.int32)
+        for first, _, width in self.batch_sizes:  # each range carries on until the next one
+            table[first:] = width
+        return table
+
+    def describe(self) -> str:
+        """For logs: rows by batch size, or the template if it is the only one."""
+        if len(self.templates) == len(self.batch_sizes) == 1:
+            return self.widest.describe()
+        starts = [first for first, _, _ in self.batch_sizes]
+        ends = [str(start - 1) for start in starts[1:]] + ["up"]
+        return ", ".join(
+            f"{first}-{end}: {width + 1} rows" if width else f"{first}-{end}: plain"
+            for (first, _, width), end in zip(self.batch_sizes, ends, strict=True)
+        )
+
+
+def _range(entry: Any) -> tuple[int, int, int]:
+    first, last, width = entry
+    if not all(type(value) is int for value in (first, last, width)):
+        raise TypeError(f"batch size range {entry!r} is not [first, last, width] in whole numbers")
+    return first, last, width
+
+
+def _check_ranges(ranges: Sequence[tuple[int, int, int]]) -> None:
+    """Raise LadderError unless ranges start at 1, ascend and do not overlap."""
+    expected = "expected [first, last, width] entries that ascend, do not overlap and start at 1"
+    if not ranges or ranges[0][0] != 1:
+        raise LadderError(f"Ladder: its batch sizes are {list(map(list, ranges))}; {expected}.")
+    end = 0
+    for first, last, width in ranges:
+        if first <= end or last < first or width < 0:
+            raise LadderError(
+                f"Ladder: the range of batch sizes {[first, last, width]} comes after {end}; {expected}."
+            )
+        end = last
