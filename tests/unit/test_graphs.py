@@ -1,7 +1,5 @@
 """Every decode batch has a FULL graph of its own width, by vLLM's own manager, without a GPU."""
 
-from copy import copy
-
 import pytest
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
@@ -26,7 +24,6 @@ def make_config(tiny_model, adapter):
             **options,
         ).create_engine_config()
         assert config.speculative_config.num_speculative_tokens == 27
-        config.speculative_config = copy(config.speculative_config)
         config.speculative_config.num_speculative_tokens_per_batch_size = schedule
         # as on a GPU: vLLM's CPU platform turned graphs off
         compilation = config.compilation_config
