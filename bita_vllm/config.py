@@ -196,13 +196,13 @@ def build_speculative_config(
         num_mask_tokens=adapter_config.num_mask_tokens,
         mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
-    # The V1 runner would take the table for another method's: scheduler.py hands it over there. One width
-    # needs none: without, vLLM pads requests that come in to it.
-    widths = {width for *_, width in ladder.batch_sizes}
-    has_table = on_gpu() and widths != {settings.num_speculative_tokens}
+    # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
+    # its config may not have one (scheduler.py).
+    always_widest = {width for *_, width in ladder.batch_sizes} == {settings.num_speculative_tokens}
+    by_batch_size = list(ladder.batch_sizes) if on_gpu() and not always_widest else None
     return BitaSpeculativeConfig(
         num_speculative_tokens=settings.num_speculative_tokens,
-        num_speculative_tokens_per_batch_size=[*ladder.batch_sizes] if has_table else None,
+        num_speculative_tokens_per_batch_size=by_batch_size,
         target_model_config=model_config,
         target_parallel_config=parallel_config,
         bita=settings,
@@ -243,8 +243,7 @@ def _choose_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[
             f"Speculative option 'ladder' is {given!r}; expected the path of a file made by 'bita tune'."
         )
     beside = None if adapter.path is None else adapter.path / LADDER_FILE
-    # What steps cost on a CPU says nothing about a GPU: there it has to be named.
-    if given is None and not fixed and not on_gpu() and beside is not None and beside.is_file():
+    if given is None and not fixed and beside is not None and beside.is_file():
         given = str(beside)
     if given is not None:
         ladder = Ladder.load(given)

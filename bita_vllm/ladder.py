@@ -136,6 +136,11 @@ class Ladder:
         return sorted(self.templates)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether every batch size has the same width."""
+        return len({width for _, _, width in self.batch_sizes}) == 1
+
+    @property
     def widest(self) -> Template:
         """The largest template: what memory and token budgets are sized for."""
         return self.templates[self.widths[-1]]

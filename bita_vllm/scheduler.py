@@ -30,24 +30,25 @@ class _DepthStatistics(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        self._depth_of_line = depth_of_line(TemplateTable(*settings.templates))
+        tables = [TemplateTable(template) for template in settings.templates]
+        stacked = TemplateTable(*settings.templates)
+        self._depth_of_line = depth_of_line(stacked)
         self._depth_offered = depth_offered(TemplateTable(settings.template))
         self._block_lines: dict[str, int] = {}
+        manager: Any = self.structured_output_manager  # type: ignore[has-type]
+        self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
+            manager, tables, self.vllm_config.model_config.get_vocab_size()
+        )
         if not config.on_gpu():
             # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
             # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
             lookup = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
             self.dynamic_sd_lookup = lookup.tolist()
-        tables = [TemplateTable(template) for template in settings.templates]
-        manager: Any = self.structured_output_manager  # type: ignore[has-type]
-        self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
-            manager, tables, self.vllm_config.model_config.get_vocab_size()
-        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        # A block may be padded, or as long as one of another template: the runner says which line it was.
+        # Blocks are padded (V2 runner), or of several templates: the runner says which lines they had.
         lines = getattr(model_runner_output, "block_lines", None) or []
         self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
         return super().update_from_output(scheduler_output, model_runner_output)

@@ -150,8 +150,8 @@ class BitaCPUModelRunner(CPUModelRunner):
 
         In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
         """
-        lines = [] if self._blocks is None else self._blocks.line.tolist()
-        has_blocks = max(lines, default=NO_BLOCK) >= 0
+        lines = None if self._blocks is None else self._blocks.line.tolist()
+        has_blocks = self._blocks is not None and bool((self._blocks.line >= 0).any())
         self._grammar = grammar_output if has_blocks else None
         output = super().sample_tokens(None if has_blocks else grammar_output)
         if output is not None:
