@@ -58,7 +58,7 @@ def make_requests() -> list[tuple[list[int], SamplingParams]]:
     return [
         (
             [259 + (7 * i + n) % 250 for n in range(4 + i % 5)],  # letters
-            SamplingParams(max_tokens=24, structured_outputs=structure, **sampling),
+            SamplingParams(max_tokens=32, structured_outputs=structure, **sampling),
         )
         for i, (structure, sampling) in enumerate(requests)
     ]
