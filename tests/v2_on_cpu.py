@@ -55,6 +55,7 @@ def __getattr__(name: str) -> type:
     """`Worker`: a CPU worker that runs the GPU runner; made when asked for, as it imports vLLM."""
     if name != "Worker":
         raise AttributeError(name)
+    from bita_kernels import add_mask_lora
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -72,6 +73,7 @@ def __getattr__(name: str) -> type:
             # Tiles for a GPU's registers are small; the interpreter's time goes by their number.
             for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values():
                 layer.impl.config = replace(layer.impl.config, block_m=64, block_n=128)
+            add_mask_lora.TILES = add_mask_lora.Tiles(rows=64, low=128, step=512, out=512)
 
     class Worker(CPUWorker):
         def init_device(self) -> None:
