@@ -21,7 +21,7 @@ def templates(acceptance):
 
 @pytest.mark.parametrize("held_out", [True, False], ids=["held-out answers", "the same answers"])
 def test_predicted_accepted_length_is_the_replayed_one(held_out):
-    """Six templates within 3% on prompts that the statistics have not seen."""
+    """Six templates within 3% on answers that the statistics have not seen."""
     answers = recorded_ranks("own_prompts")
     seen, other = (answers[::2], answers[1::2]) if held_out else (answers, answers)
     acceptance = acceptance_table(acceptance_statistics(seen), 3)
@@ -37,9 +37,13 @@ def test_predicted_accepted_length_is_the_replayed_one(held_out):
 
 
 def test_statistics_of_one_set_of_prompts_hold_on_another():
+    """Of prompts that are in the adapter's training data, on MT-Bench, which is not: five of six within 3%."""
     acceptance = acceptance_table(acceptance_statistics(recorded_ranks("own_prompts")), 3)
+    errors = []
     for name, template in templates(acceptance).items():
         lengths = np.concatenate(accepted_lengths(template, recorded_ranks("mt_bench")))
         predicted = long_run_of(template, acceptance).accepted_length[0]
         print(f"{name:16} predicted {predicted:.3f} replayed {lengths.mean():.3f}")
-        assert predicted == pytest.approx(lengths.mean(), rel=0.035)
+        errors.append(abs(predicted / lengths.mean() - 1))
+    assert sorted(errors)[4] < 0.03
+    assert max(errors) < 0.035

@@ -49,16 +49,16 @@ def test_synthetic_masks_are_right_as_often_as_asked_for():
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_load_on_an_h100_does_not_fall_below_its_floor(name):
-    """The ladder is chosen by one half of the answers and serves the other."""
-    traces = (
-        recorded_ranks("own_prompts")
-        if name == "recorded"
-        else synthetic_traces((0.6, 0.4, 0.28), 80, 256, seed=0)
-    )
-    acceptance = acceptance_table(acceptance_statistics(traces[::2]), 3)
+    """The ladder is chosen by other answers than it serves."""
+    if name == "recorded":
+        seen, served = recorded_ranks("own_prompts"), recorded_ranks("mt_bench")
+    else:
+        traces = synthetic_traces((0.6, 0.4, 0.28), 80, 256, seed=0)
+        seen, served = traces[::2], traces[1::2]
+    acceptance = acceptance_table(acceptance_statistics(seen), 3)
     ladder, _ = choose_ladder(acceptance, H100_8B, CONCURRENCIES, context=1024, padded=True)
     ratios = [
-        simulate(ladder, traces[1::2], H100_8B, n, context=1024, padded=True, num_walks=4000).ratio
+        simulate(ladder, served, H100_8B, n, context=1024, padded=True, num_walks=4000).ratio
         for n in CONCURRENCIES
     ]
     print(name, [f"{n}: {ratio:.3f}" for n, ratio in zip(CONCURRENCIES, ratios, strict=True)])
