@@ -41,7 +41,7 @@ def choose_ladder(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
     cost: StepCost,
-    batch_sizes: Sequence[int],
+    max_batch_size: int,
     *,
     context: float = 512.0,
     padded: bool = False,
@@ -49,12 +49,12 @@ def choose_ladder(
     min_gain: float = MIN_GAIN,
     provenance: dict[str, Any] | None = None,
 ) -> tuple[Ladder, list[Choice]]:
-    """The ladder, and what it was chosen by.
+    """The ladder, and what is expected of each batch size from 1 to `max_batch_size`.
 
     Args:
         acceptance: as `tree_search.acceptance_table` makes it.
         cost: of a step on the machine.
-        batch_sizes: ascending from 1; each stands for those up to the next.
+        max_batch_size: larger ones take its width.
         context: mean context of a request, in tokens.
         padded: blocks always have R rows (GPU), not only those that candidates are there for (CPU).
         budgets: rows of the templates to choose from.
@@ -70,7 +70,7 @@ def choose_ladder(
         for template in best_templates(budgets, acceptance)
         for run in [long_run_of(template, acceptance)]
     ]
-    choices = [_choose(expected, cost, n, context, min_gain) for n in batch_sizes]
+    choices = [_choose(expected, cost, n, context, min_gain) for n in range(1, max_batch_size + 1)]
     templates = {
         template.num_rows - 1: template
         for template, _, _ in expected
@@ -78,13 +78,13 @@ def choose_ladder(
     }
     if not templates:  # plain at every batch size; a ladder names a template even so
         templates = {expected[0][0].num_rows - 1: expected[0][0]}
-    ends = [*(n - 1 for n in batch_sizes[1:]), batch_sizes[-1]]
     ranges: list[tuple[int, int, int]] = []
-    for choice, end in zip(choices, ends, strict=True):
-        if ranges and ranges[-1][2] == choice.width:
-            ranges[-1] = (ranges[-1][0], end, choice.width)
+    for choice in choices:
+        n, width = choice.batch_size, choice.width
+        if ranges and ranges[-1][2] == width:
+            ranges[-1] = (ranges[-1][0], n, width)
         else:
-            ranges.append((choice.batch_size, end, choice.width))
+            ranges.append((n, n, width))
     return Ladder(templates, ranges, provenance or {}), choices
 
 

@@ -55,10 +55,10 @@ def test_roofline_by_hand():
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("cost", [MeasuredCost(POINTS), H100_8B], ids=["measured", "H100"])
 def test_each_batch_size_gets_the_fastest_width(cost, padded):
-    sizes = (1, 2, 4, 8, 16, 64, 256)
     ladder, choices = choose_ladder(
-        ACCEPTANCE, cost, sizes, budgets=BUDGETS, padded=padded, min_gain=0.0
+        ACCEPTANCE, cost, 100, budgets=BUDGETS, padded=padded, min_gain=0.0
     )
+    assert [choice.batch_size for choice in choices] == list(range(1, 101))
     table = ladder.lookup(300)
     runs = [(t, long_run_of(t, ACCEPTANCE)) for t in best_templates(BUDGETS, ACCEPTANCE)]
     for choice in choices:
@@ -71,31 +71,28 @@ def test_each_batch_size_gets_the_fastest_width(cost, padded):
         assert speeds[choice.width] == pytest.approx(max(speeds.values()))
         assert choice.gain == pytest.approx(speeds[choice.width] / speeds[0])
         assert table[n] == choice.width
-    assert table[3] == table[2]
     assert table[300] == choices[-1].width
 
 
 def test_plain_decoding_where_rows_cost_too_much():
     """A row costs as much as a step: no draft can pay."""
     cost = MeasuredCost([(1, 1, 1.0), (1, 2, 2.0), (8, 1, 8.0), (8, 2, 16.0)])
-    ladder, choices = choose_ladder(ACCEPTANCE, cost, (1, 8), budgets=BUDGETS)
+    ladder, choices = choose_ladder(ACCEPTANCE, cost, 8, budgets=BUDGETS)
     assert not ladder.lookup(8).any()
-    assert [choice.gain for choice in choices] == [1.0, 1.0]
+    assert {choice.gain for choice in choices} == {1.0}
 
 
 def test_what_might_be_no_gain_is_left_alone():
     cost = MeasuredCost([(1, 1, 1.0), (1, 2, 1.0), (1, 16, 1.0)])
     length = long_run_of(best_templates([4], ACCEPTANCE)[0], ACCEPTANCE).accepted_length[0]
     for min_gain, width in ((length - 1.01, 3), (length - 0.99, 0)):
-        ladder, _ = choose_ladder(ACCEPTANCE, cost, (1,), budgets=(4,), min_gain=float(min_gain))
+        ladder, _ = choose_ladder(ACCEPTANCE, cost, 1, budgets=(4,), min_gain=float(min_gain))
         assert ladder.lookup(1).tolist() == [0, width]
 
 
 def test_better_acceptance_never_chooses_a_slower_ladder():
     gains = []
     for scale in np.linspace(0.2, 1.2, 6):
-        _, choices = choose_ladder(
-            ACCEPTANCE * scale, H100_8B, (1, 16, 64), budgets=BUDGETS, padded=True
-        )
+        _, choices = choose_ladder(ACCEPTANCE * scale, H100_8B, 64, budgets=BUDGETS, padded=True)
         gains.append([choice.gain for choice in choices])
     assert (np.diff(gains, axis=0) >= -1e-9).all()
