@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,11 @@ class MaskLoraWeights:
                 weights._check_tensor(name, part, tensor)
         _check_targets(config.get("target_modules"), modules, path)
         return weights
+
+    def to(self, dtype: torch.dtype) -> MaskLoraWeights:
+        """The same deltas in another dtype."""
+        modules = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in self.modules.items()}
+        return replace(self, modules=modules)
 
     def _check_tensor(self, name: str, part: str, tensor: torch.Tensor) -> None:
         rank_dim = 0 if part == "A" else 1

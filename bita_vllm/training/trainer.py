@@ -262,7 +262,10 @@ class Trainer:
                     "last": self.curve.summary(),
                 },
             }
-            save_adapter(self.out, replace(adapter, config=replace(adapter.config, raw=raw)))
+            # Deltas in half the bytes; what goes on training is in the checkpoint.
+            mask_lora = adapter.mask_lora and adapter.mask_lora.to(torch.bfloat16)
+            config = replace(adapter.config, raw=raw)
+            save_adapter(self.out, replace(adapter, config=config, mask_lora=mask_lora))
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ def test_trains_resumes_and_starts_from_an_adapter(model, data, tmp_path, capsys
     assert "stopped at step 1" in capsys.readouterr().out
     assert main([*command, "--out", str(out)]) == 1
     assert "holds a training run already" in capsys.readouterr().err
-    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert main([*named, "--resume"]) == 0
     assert len(losses(out)) == 3
     text = (out / "config.json").read_text()
     assert str(model) not in text and str(tmp_path) not in text

@@ -201,7 +201,8 @@ def test_what_is_written(make_trainer, folder):
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     loaded = MaskModel.from_adapter(base, trainer.out)
     for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(dict(loaded.named_parameters())[name], parameter)
+        stored = parameter.bfloat16().float() if name.startswith("lora.") else parameter
+        assert torch.equal(loaded.get_parameter(name), stored), name
 
 
 def test_the_average_is_what_is_saved(make_trainer):
