@@ -56,11 +56,13 @@ def _random(
     base: PreTrainedModel, num_masks: int, num_prompt_tokens: int, seed: int, verifier: str
 ) -> Adapter:
     config = base.config.get_text_config()
+    layer_config = json.loads(config.to_json_string(use_diff=False))
+    layer_config.pop("_name_or_path", None)  # `verifier` says it
     return random_adapter(
         ModelShape.from_hf_config(config),
         num_masks,
         num_prompt_tokens,
         seed,
         verifier=verifier,
-        transformer_layer_config=json.loads(config.to_json_string(use_diff=False)),
+        transformer_layer_config=layer_config,
     )
