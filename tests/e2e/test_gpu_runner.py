@@ -62,7 +62,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def case(tiny_model, tmp_path_factory):
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=2)
     adapter = make_adapter(model, tmp_path_factory.mktemp("adapter"))
     return model, adapter, run(model, requests(), **OPTIONS)
 
