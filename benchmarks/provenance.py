@@ -5,7 +5,7 @@ import platform
 from datetime import datetime, timezone
 from pathlib import Path
 
-from bita_vllm.training.provenance import git_sha, package_version
+from bita_vllm.training.provenance import cpu_name, git_sha, package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,21 +24,6 @@ def provenance() -> dict[str, str | int]:
         "omp_threads_bind": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         "preloaded": " ".join(Path(path).name for path in preloaded()),
     }
-
-
-def cpu_name() -> str:
-    """Model name and generation: hypervisors often hide the model, as in 'AMD EPYC'."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    name = fields.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in fields:
-        name += f" (family {fields['cpu family']} model {fields['model']})"
-    return name
 
 
 def preloaded() -> list[str]:

@@ -79,6 +79,7 @@ def __getattr__(name: str) -> type:
     """`Worker`: a CPU worker that runs the GPU runner; made when asked for, as it imports vLLM."""
     if name != "Worker":
         raise AttributeError(name)
+    from bita_kernels import add_mask_lora
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.worker.cpu import model_runner as cpu_v2
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -93,6 +94,10 @@ def __getattr__(name: str) -> type:
             # Tiles for a GPU's registers are small, and the interpreter's time goes by their number.
             # Short splits: a tiny model's contexts take several, side by side.
             return replace(super()._attention_config(impl), block_m=64, block_n=128, split=128)
+
+        def load_model(self, *args, **kwargs):
+            super().load_model(*args, **kwargs)
+            add_mask_lora.TILES = add_mask_lora.Tiles(rows=64, low=128, step=512, out=512)
 
     class Worker(CPUWorker):
         def init_device(self) -> None:

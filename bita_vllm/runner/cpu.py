@@ -23,6 +23,7 @@ from bita_vllm.attention.cpu import (
     move_rows,
 )
 from bita_vllm.config import DrafterSeat, get_settings
+from bita_vllm.ladder import PLAIN_WIDTH
 from bita_vllm.runner.blocks import NO_BLOCK, NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.mask_lora import opaque_operation
@@ -48,6 +49,10 @@ class BitaCPUWorker(cpu_worker.CPUWorker):
         with replaced(cpu_worker, "CPUModelRunner", BitaCPUModelRunner):
             super().init_device()
 
+    def set_width(self, width: int) -> None:
+        """Every later block has this width of the ladder, whatever the batch size: for `bita tune`."""
+        self.model_runner.set_width(width)
+
 
 class BitaCPUModelRunner(CPUModelRunner):
     """Runs one step block a request: the model verifies the last drafts and makes the next ones."""
@@ -66,14 +71,20 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.table = TemplateTable(*settings.templates)
         # Index of the template by number of requests in the batch, PLAIN for none.
         widths = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
-        indices = {width: index for index, width in enumerate(settings.ladder.widths)}
-        self._template_of_batch = [indices.get(int(width), PLAIN) for width in widths]
+        self._template_of_batch = [self._template_index(width) for width in widths.tolist()]
         self.vocab_size = self.model_config.get_vocab_size()
         self._lines: dict[str, int] = {}
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None
         self._mask_logits = torch.zeros(0)
         self._grammar: GrammarOutput | None = None
+
+    def _template_index(self, width: int) -> int:
+        return PLAIN if width == PLAIN_WIDTH else self.settings.ladder.widths.index(width)
+
+    def set_width(self, width: int) -> None:
+        """One width for every batch size."""
+        self._template_of_batch = [self._template_index(width)] * len(self._template_of_batch)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""

@@ -30,17 +30,22 @@ class Replay:
     candidates: list[tuple[int, int]]
 
 
+# By depth: (answer place of the group, mask index) that gives the candidates.
+Sources = list[tuple[int, int]]
+
+
 class TreeWalker:
-    """Replays answers with one template.
+    """Replays answers, step by step.
 
     Same rules as the engine (`StepBlocks.walk`, `StepBlocks.next_blocks`): the step after prefill has
     no candidates; a walk that stops at a node takes the candidates of the next step from the node's
     own mask group, and beyond it from what the nearest ancestors' groups said about places ahead.
+    With several templates each step may use another.
     Not replayed: blocks that the scheduler cuts short (end of the context, full token budget).
     """
 
-    def __init__(self, template: Template) -> None:
-        table = TemplateTable(template)
+    def __init__(self, *templates: Template) -> None:
+        self.table = table = TemplateTable(*templates)
         # [line]: (node, rank) -> child; [line][node]: (depth of the group's node, mask index) by depth
         self._children: list[dict[tuple[int, int], int]] = []
         self._sources: list[list[list[tuple[int, int]]]] = []
@@ -58,29 +63,45 @@ class TreeWalker:
                 ]
             )
 
+    def line(self, sources: Sources, template: int = 0) -> int:
+        """Line of the table: the block of a template that has these candidates."""
+        depths = min(len(sources), int(self.table.max_depths[template]))
+        return int(self.table.first_line[template]) + depths
+
+    def step(
+        self,
+        # [n][k] ranks, as `replay` takes them
+        by_place: list[list[int]],
+        root: int,
+        sources: Sources,
+        template: int = 0,
+    ) -> tuple[int, Sources]:
+        """Accepted length of the step whose root is that token of the answer, and the next step's candidates."""
+        line, last = self.line(sources, template), len(by_place) - 1
+        children = self._children[line]
+        node, emitted = 0, 1
+        for place, mask_index in sources:
+            child = children.get((node, by_place[place][mask_index]))
+            if child is None or root + emitted == last:
+                break
+            node, emitted = child, emitted + 1
+        return emitted, [(root + depth, mask) for depth, mask in self._sources[line][node]]
+
     def replay(
         self,
         # [n, k] rank of answer token i+2+j in the prediction of mask index j under answer token i
         ranks: np.ndarray,
     ) -> Replay:
-        """All steps of an answer of n tokens."""
+        """All steps of an answer of n tokens, with the first template."""
         by_place = ranks.tolist()
-        last = len(by_place) - 1
         root = 0
-        sources: list[tuple[int, int]] = []  # by depth: (answer place of the group, mask index)
+        sources: Sources = []
         lengths, candidates = [], []
-        while root < last:
-            children = self._children[len(sources)]
-            node, emitted = 0, 1
-            for place, mask_index in sources:
-                rank = by_place[place][mask_index]
-                candidates.append((mask_index, rank))
-                child = children.get((node, rank))
-                if child is None or root + emitted == last:
-                    break
-                node, emitted = child, emitted + 1
-            next_sources = self._sources[len(sources)][node]
-            sources = [(root + depth, mask_index) for depth, mask_index in next_sources]
+        while root < len(by_place) - 1:
+            emitted, next_sources = self.step(by_place, root, sources)
+            reached = sources[:emitted]
+            candidates += [(mask, by_place[place][mask]) for place, mask in reached]
+            sources = next_sources
             root += emitted
             lengths.append(emitted)
         return Replay(lengths, candidates)

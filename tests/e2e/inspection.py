@@ -5,15 +5,18 @@ Both runners: vLLM's CPU runner, and the V2 runner when the tests run with `--ru
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from e2e.engines import ON_GPU_RUNNER
+from transformers import AutoModelForCausalLM
 from vllm import RequestOutput
 
 from bita_vllm.runner.blocks import NO_BLOCK
@@ -93,6 +96,87 @@ def _append(
         if n:
             taken = path[i, :n].tolist() if lines[i] >= 0 else [0]
             steps.append(StepRecord(request, lines[i], taken, tokens[i, :n].tolist()))
+
+
+# request -> {position of a root: [k, V] logits of its mask group}
+Groups = dict[str, dict[int, torch.Tensor]]
+
+
+@contextmanager
+def recorded_groups(num_masks: int) -> Iterator[Groups]:
+    """Logits of the whole group under every block's root, as the runner computes them."""
+    groups: Groups = defaultdict(dict)
+    with pytest.MonkeyPatch.context() as patch:
+        (_groups_gpu if ON_GPU_RUNNER else _groups_cpu)(patch, groups, num_masks)
+        yield groups
+
+
+def _groups_cpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> None:
+    from bita_vllm.runner.cpu import BitaCPUModelRunner
+
+    propose = BitaCPUModelRunner.propose_draft_token_ids
+
+    def recording(self: BitaCPUModelRunner, *args: Any) -> Any:
+        hidden_states, blocks = args[3], self._blocks
+        for request, line, first in zip(
+            self.input_batch.req_ids, blocks.line, blocks.first_row, strict=True
+        ):
+            if line >= 0:
+                rows = int(first) + _group_of_root(self.table, line, num_masks)
+                logits = self.model.compute_logits(hidden_states[rows])
+                groups[request.split("-")[0]][int(self.positions[first])] = logits.clone()
+        return propose(self, *args)
+
+    patch.setattr(BitaCPUModelRunner, "propose_draft_token_ids", recording)
+
+
+def _groups_gpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> None:
+    from bita_vllm.runner.gpu import BitaGPUModelRunner
+
+    make_blocks = BitaGPUModelRunner._make_blocks
+
+    def recording(self: BitaGPUModelRunner, hidden_states: Any, batch: Any) -> Any:
+        trees, table = self.model_state.trees, TemplateTable(self.settings.template)
+        for i, request in enumerate(batch.req_ids):
+            line, first = int(trees.line[i]), int(trees.first_row[i])
+            if line >= 0:
+                rows = first + _group_of_root(table, line, num_masks)
+                logits = self.model.compute_logits(hidden_states[rows])
+                groups[request.split("-")[0]][int(batch.positions[first])] = logits.clone()
+        return make_blocks(self, hidden_states, batch)
+
+    patch.setattr(BitaGPUModelRunner, "_make_blocks", recording)
+
+
+def _group_of_root(table: TemplateTable, line: int, num_masks: int) -> np.ndarray:
+    """`[k]` rows in the block: each mask is the child of the one before, the first the root's."""
+    rows = [0]
+    while len(rows) <= num_masks:
+        (row,) = np.flatnonzero((table.mask_index[line] >= 0) & (table.parent[line] == rows[-1]))
+        rows.append(int(row))
+    return np.array(rows[1:])
+
+
+def compare_with_trainer(
+    model: Path, adapter: Path, outputs: Iterable[RequestOutput], groups: Groups
+) -> tuple[int, float]:
+    """Groups compared, and the largest difference between their logits and the trainer's (fp32)."""
+    from bita_vllm.training.mask_model import MaskModel
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    trained = MaskModel.from_adapter(base, adapter)
+    worst, compared = 0.0, 0
+    for output in outputs:
+        served = groups[output.request_id]
+        ids = torch.tensor([[*output.prompt_token_ids, *output.outputs[0].token_ids]])
+        roots = torch.tensor([sorted(position for position in served if position < ids.shape[1])])
+        with torch.no_grad():
+            logits = trained.mask_logits(trained.context(ids), roots)[0]
+        theirs = torch.stack([served[position] for position in roots[0].tolist()])
+        worst = max(worst, float((logits - theirs).abs().max()))
+        compared += roots.shape[1]
+        assert float(theirs.std()) > 0.1, "logits that say nothing"
+    return compared, worst
 
 
 # Prompt and output so far of one request -> what is known to follow (may be short or empty)

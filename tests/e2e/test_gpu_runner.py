@@ -12,7 +12,7 @@ import pytest
 import torch
 from e2e.device_reads import OURS, device_reads
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
-from e2e.inspection import known, oracle, recorded_steps
+from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
@@ -107,9 +107,17 @@ def test_a_read_of_the_device_is_seen():
     assert [read.partition(": ")[2] for read in reads] == ["Tensor.__bool__", "Tensor.nonzero"]
 
 
+@pytest.fixture(scope="module")
+def adapter_with_deltas(tiny_model, tmp_path_factory):
+    return make_adapter(tiny_model("llama"), tmp_path_factory.mktemp("deltas"), lora_rank=4)
+
+
 @pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
-def test_tokens_and_logprobs_equal_plain_v2(case, drafts):
+def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, drafts):
+    """The oracle goes with low-rank deltas as large as the weights: ordinary rows must not see them."""
     model, adapter, plain = case
+    if drafts == "oracle":
+        adapter = adapter_with_deltas
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
@@ -165,6 +173,21 @@ def test_tokens_equal_plain_v2_on_a_ladder(case, tmp_path):
     assert lengths[-1] == {1}  # without a block
     assert lengths[1] == {1, 2}, "narrow blocks with candidates"
     assert lengths[4] >= {2, 3}, "wide ones"
+
+
+def test_mask_logits_with_deltas_equal_the_trainers(case, adapter_with_deltas):
+    """Chunked prefill beside blocks."""
+    model = case[0]
+    rng = np.random.default_rng(5)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [(rng.integers(3, 500, length).tolist(), params) for length in (3, 60)]
+    bita = {"model": str(adapter_with_deltas), "tree": "2,1"}
+    with recorded_groups(3) as recorded, engine(model, bita, **OPTIONS) as llm:
+        outputs = generate(llm, prompts)
+    compared, worst = compare_with_trainer(model, adapter_with_deltas, outputs, recorded)
+    print(f"{compared} groups, largest difference {worst:.1e}")
+    assert compared >= 6
+    assert worst < 1e-3
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -1,0 +1,210 @@
+"""`bita tune`: measures what steps cost on this machine, and chooses rows by load."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bita_vllm.training.base_model import DTYPES
+
+if TYPE_CHECKING:
+    from bita_vllm.ladder import Ladder
+    from bita_vllm.tuning.choose import Choice
+
+# What decides the cost of a step: a profile of the same is not measured again.
+PROFILE_KEYS = ("model", "device", "cores", "dtype", "engine_args", "vllm", "torch")
+DEFAULT_REQUESTS = (1, 2, 4, 8, 16)
+DEFAULT_ROWS = (4, 8, 16, 32)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `tune` to the `bita` command."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="choose rows by load for this machine",
+        description="Time engine steps on this machine, and choose for every batch size the step block with most "
+        "expected tokens a second, plain decoding included. The result, a ladder, is what serving uses by default.",
+    )
+    add = parser.add_argument
+    add("adapter", help="adapter directory")
+    add("--model", help="base model (default: the one that the adapter names)")
+    add("--revision", help="revision of the model on the hub")
+    add("--out", type=Path, help="file of the ladder (default: ladder.json in the adapter)")
+    add("--max-num-seqs", type=int, default=64, help="largest batch size (default: 64)")
+    add(
+        "--requests",
+        type=int,
+        nargs="+",
+        default=list(DEFAULT_REQUESTS),
+        help="batch sizes to time; others are interpolated (default: 1 2 4 8 16)",
+    )
+    add(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=list(DEFAULT_ROWS),
+        help="rows a request to time, besides 1 (default: 4 8 16 32)",
+    )
+    add("--steps", type=int, default=8, help="steps to time at each point (default: 8)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the model (default: auto)")
+    add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's LLM class")
+    add("--again", action="store_true", help="time the steps even if --out has this machine's")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune and print; returns the exit code."""
+    from bita_vllm.adapter import AdapterError
+    from bita_vllm.ladder import LadderError
+    from bita_vllm.training.samples import DataError
+    from bita_vllm.tree import TemplateError
+    from bita_vllm.tuning.cost import CostError
+
+    try:
+        ladder, choices, path = tune(args)
+    except (AdapterError, CostError, DataError, LadderError, TemplateError) as error:
+        print(f"bita: {error}", file=sys.stderr)
+        return 1
+    _print_table(ladder, choices)
+    print(f"written: {path}")
+    return 0
+
+
+def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
+    """The ladder, what it was chosen by, where it was saved. Raises what `run` prints."""
+    from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
+    from bita_vllm.ladder import LADDER_FILE
+    from bita_vllm.training.base_model import choose_device, choose_dtype
+    from bita_vllm.training.data_command import parse_engine_args, require_at_least
+    from bita_vllm.training.provenance import cpu_name, versions
+    from bita_vllm.training.samples import DataError
+    from bita_vllm.tree_search import MIN_ROWS, acceptance_table
+    from bita_vllm.tuning.choose import choose_ladder
+    from bita_vllm.tuning.cost import MeasuredCost
+
+    require_at_least(args, {"max_num_seqs": 1, "steps": 2})
+    if min(args.requests) < 1 or min(args.rows) < MIN_ROWS:
+        raise DataError(
+            f"--requests {args.requests} and --rows {args.rows}: expected at least 1 request and {MIN_ROWS} rows."
+        )
+    if choose_device("auto") != "cpu":
+        raise DataError(
+            "'bita tune' times vLLM's CPU runner so far; on a GPU serve with a fixed tree."
+        )
+    engine_args = parse_engine_args(args)
+    adapter_dir = resolve_adapter_dir(args.adapter)
+    config = AdapterConfig.load(adapter_dir)
+    acceptance = acceptance_table(config.acceptance, config.num_mask_tokens)
+    if config.acceptance is None:
+        print(
+            f"{config.label} has no acceptance statistics; typical ones are taken. Run 'bita eval' first.",
+            file=sys.stderr,
+        )
+    model = args.model or config.verifier
+    path = args.out or adapter_dir / LADDER_FILE
+    made = versions()
+    provenance: dict[str, Any] = {
+        "model": Path(model).name if Path(model).exists() else model,
+        "device": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "dtype": choose_dtype(args.dtype, "cpu"),
+        "engine_args": engine_args,
+        **made,
+    }
+    points = None if args.again else _points_of(path, provenance)
+    if points is None:
+        points = _profile(
+            args, model, str(adapter_dir), acceptance, provenance["dtype"], engine_args
+        )
+    else:
+        print(f"step times are taken from {path}; --again times them anew.")
+    provenance |= {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "acceptance": "typical" if config.acceptance is None else "of the adapter",
+        "step_seconds": [list(point) for point in points],  # requests, rows a request, seconds
+    }
+    ladder, choices = choose_ladder(
+        acceptance, MeasuredCost(points), args.max_num_seqs, provenance=provenance
+    )
+    ladder.save(path)
+    return ladder, choices, path
+
+
+def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Any] | None:
+    """What was timed for the ladder in that file, if it was timed on the same."""
+    from bita_vllm.ladder import Ladder
+
+    if not path.is_file():
+        return None
+    had = Ladder.load(path).provenance
+    same = all(had.get(key) == provenance[key] for key in PROFILE_KEYS)
+    return [tuple(point) for point in had["step_seconds"]] if same else None
+
+
+def _profile(
+    args: argparse.Namespace,
+    model: str,
+    adapter_dir: str,
+    acceptance: Any,
+    dtype: str,
+    engine_args: dict[str, Any],
+) -> list[tuple[int, float, float]]:
+    from bita_vllm.ladder import Ladder
+    from bita_vllm.training.base_model import start_engine
+    from bita_vllm.tree_search import best_templates
+    from bita_vllm.tuning.profile import max_model_len, profile_steps
+
+    templates = {t.num_rows - 1: t for t in best_templates(sorted(set(args.rows)), acceptance)}
+    ladder = Ladder(templates, [(1, 1, max(templates))])
+    longest = max_model_len(
+        len(templates),
+        args.steps,
+        max(t.max_depth for t in templates.values()),
+        ladder.widest.num_rows,
+    )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profile looks into the scheduler
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "profile.json"
+        ladder.save(file)
+        options = {
+            "revision": args.revision,
+            "dtype": dtype,
+            "max_model_len": longest,
+            "max_num_seqs": max(args.requests),
+            "max_num_batched_tokens": max(2048, max(args.requests) * ladder.widest.num_rows),
+            "enable_prefix_caching": False,
+            "speculative_config": {"method": "bita", "model": adapter_dir, "ladder": str(file)},
+            **engine_args,
+        }
+        with start_engine(model, **options) as llm:
+            return profile_steps(llm, sorted(set(args.requests)), ladder.widths, args.steps)
+
+
+def _print_table(ladder: Ladder, choices: list[Choice]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("requests", "rows", "accepted length", "ms/step", "tokens/s", "to plain"):
+        table.add_column(name, justify="right")
+    for first, last, _ in ladder.batch_sizes:
+        for n in sorted({first, last}):
+            choice = choices[n - 1]
+            table.add_row(
+                str(n),
+                str(choice.width + 1) if choice.width else "plain",
+                f"{choice.accepted_length:.2f}",
+                f"{1e3 * choice.seconds:.1f}",
+                f"{n * choice.accepted_length / choice.seconds:.1f}",
+                f"{choice.gain:.2f}",
+            )
+    console = Console()
+    console.print(table)
+    for width in ladder.widths:
+        console.print(ladder.templates[width].describe(), highlight=False)

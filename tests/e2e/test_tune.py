@@ -1,0 +1,64 @@
+"""`bita tune` on the real engine: times steps, writes a ladder that serving takes, reuses what it timed."""
+
+import json
+
+import pytest
+from e2e.engines import ON_GPU_RUNNER, make_adapter, torch_threads
+
+from bita_vllm import cli
+from bita_vllm.ladder import LADDER_FILE, Ladder
+
+pytestmark = pytest.mark.skipif(ON_GPU_RUNNER, reason="'bita tune' times the CPU runner")
+
+ENGINE = {
+    "enforce_eager": True,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 2**28,
+}
+
+
+def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys):
+    model = tiny_model("llama")
+    adapter = make_adapter(model, tmp_path / "adapter")
+    argv = [
+        "tune", str(adapter), "--requests", "1", "3", "--rows", "4", "12", "--steps", "4",
+        "--max-num-seqs", "5", "--engine-args", json.dumps(ENGINE),
+    ]  # fmt: skip
+    with torch_threads(1):
+        assert cli.main(argv) == 0
+    ladder = Ladder.load(adapter / LADDER_FILE)
+    ladder.check(3)
+    assert len(ladder.lookup(5)) == 6
+    points = ladder.provenance["step_seconds"]
+    assert [n for n, _, _ in points] == [1, 1, 1, 3, 3, 3]
+    for n in (1, 3):
+        rows = [r for m, r, _ in points if m == n]
+        assert rows[0] == 1
+        assert 2 <= rows[1] <= 4
+        assert 4 <= rows[2] <= 12
+    assert all(0 < seconds < 5 for _, _, seconds in points)
+    assert ladder.provenance["device"]
+    output = capsys.readouterr()
+    assert "to plain" in output.out
+    assert "no acceptance statistics" in output.err
+
+    assert cli.main(argv) == 0  # at once: the steps are not timed again
+    assert "step times are taken from" in capsys.readouterr().out
+    assert Ladder.load(adapter / LADDER_FILE).provenance["step_seconds"] == points
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "2"], "at least 1 request and 3 rows"),
+        (["--steps", "1"], "--steps is 1, but must be at least 2"),
+        (["--engine-args", "[]"], "no JSON object"),
+    ],
+)
+def test_bad_options_are_one_sentence(tiny_model, tmp_path, capsys, options, message):
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    assert cli.main(["tune", str(adapter), *options]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("bita: ")
+    assert message in error
+    assert "\n" not in error
