@@ -108,8 +108,8 @@ def test_a_read_of_the_device_is_seen():
 
 
 @pytest.fixture(scope="module")
-def adapter_with_deltas(tiny_model, tmp_path_factory):
-    return make_adapter(tiny_model("llama"), tmp_path_factory.mktemp("deltas"), lora_rank=4)
+def adapter_with_deltas(case, tmp_path_factory):
+    return make_adapter(case[0], tmp_path_factory.mktemp("deltas"), lora_rank=4)
 
 
 @pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
