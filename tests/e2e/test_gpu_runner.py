@@ -18,7 +18,6 @@ from vllm.engine.arg_utils import EngineArgs
 
 from bita_vllm import config as bita_config
 from bita_vllm.ladder import Ladder
-from bita_vllm.runner import gpu
 from bita_vllm.tree import Template
 
 pytestmark = [
@@ -123,7 +122,8 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
     if drafts == "oracle":
         adapter = adapter_with_deltas
     else:
-        monkeypatch.setattr(gpu, "get_max_chunk_logits", lambda vocab_size: 13)
+        limit = "bita_vllm.runner.gpu.get_max_chunk_logits"
+        monkeypatch.setattr(limit, lambda vocab_size: 13)
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
