@@ -397,6 +397,8 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
     yield f"multi-head latent attention ({arch})", model.use_mla
     yield f"chunked local attention ({arch})", model.attention_chunk_size is not None
     yield "prompt embeddings (enable_prompt_embeds)", model.enable_prompt_embeds
+    yield "sampling masks (return_sampling_mask)", model.return_sampling_mask
+    yield "replayed traces (enable_trace_replay)", model.enable_trace_replay
     installed = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
     custom = installed + list(model.logits_processors or ())
     yield f"custom logits processors ({', '.join(map(str, custom))})", bool(custom)

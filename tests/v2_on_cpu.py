@@ -65,6 +65,16 @@ def _allow_integer_masks() -> None:
     interpreter.InterpreterBuilder.create_masked_store = masked_store
 
 
+def write_kv(key, value, key_cache, value_cache, slot_mapping, *rest) -> None:
+    """vLLM's kernel of that name, interpreted, takes a third of a step: a program a row and head."""
+    del rest  # for quantised caches
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept]
+    block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
+    for cache, rows in ((key_cache, key), (value_cache, value)):
+        cache[block, offset] = rows[: len(kept)][kept]
+
+
 def __getattr__(name: str) -> type:
     """`Worker`: a CPU worker that runs the GPU runner; made when asked for, as it imports vLLM."""
     if name != "Worker":

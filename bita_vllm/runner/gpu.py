@@ -369,8 +369,9 @@ class BlockOutput(AsyncModelRunnerOutput):
         self._output = output
 
     def get_output(self) -> ModelRunnerOutput:
-        result = self._output.get_output()
-        result.block_lines = self._output.sampled_token_ids[:, -1].tolist()
+        result, tokens = self._output.get_output(), self._output.sampled_token_ids
+        if tokens.shape[1] > 1:  # a step with blocks
+            result.block_lines = tokens[:, -1].tolist()
         return result
 
 

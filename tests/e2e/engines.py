@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import v2_on_cpu
 from transformers import AutoModelForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -71,8 +72,11 @@ def engine(
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         if ON_GPU_RUNNER:
+            from vllm.v1.attention.backends import triton_attn
+
             patch.setattr(bita_config, "on_gpu", lambda: True)
             patch.setattr(bita_config, "GPU_WORKER_CLS", "v2_on_cpu.Worker")
+            patch.setattr(triton_attn, "triton_reshape_and_cache_flash", v2_on_cpu.write_kv)
         llm = LLM(str(model), **{**defaults, **options})
         try:
             yield llm

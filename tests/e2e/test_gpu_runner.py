@@ -62,7 +62,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def case(tiny_model, tmp_path_factory):
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=2)
     adapter = make_adapter(model, tmp_path_factory.mktemp("adapter"))
     return model, adapter, run(model, requests(), **OPTIONS)
 
@@ -81,8 +81,8 @@ def check_sleep_keeps_the_tables(runner) -> None:
         assert {context.impl.prompt_keys.data_ptr(), context.impl.prompt_values.data_ptr()} <= kept
 
 
-def check_profile_run(runner) -> None:
-    """It samples as many rows as a step may hold: four requests of six nodes."""
+def check_profile_run(runner, num_requests) -> None:
+    """It samples as many rows as a step may hold: six nodes each."""
     sampled = []
     with pytest.MonkeyPatch.context() as patch:
         sample = type(runner.sampler).sample
@@ -94,7 +94,7 @@ def check_profile_run(runner) -> None:
         patch.setattr(type(runner.sampler), "sample", sampling)
         hidden_size = runner.model_config.get_hidden_size()
         runner._dummy_sampler_run(torch.zeros(4, hidden_size))
-    assert sampled[-1] == (4 * 6, runner.vocab_size)
+    assert sampled[-1] == (num_requests * 6, runner.vocab_size)
 
 
 def test_a_read_of_the_device_is_seen():
@@ -108,16 +108,22 @@ def test_a_read_of_the_device_is_seen():
 
 
 @pytest.fixture(scope="module")
-def adapter_with_deltas(tiny_model, tmp_path_factory):
-    return make_adapter(tiny_model("llama"), tmp_path_factory.mktemp("deltas"), lora_rank=4)
+def adapter_with_deltas(case, tmp_path_factory):
+    return make_adapter(case[0], tmp_path_factory.mktemp("deltas"), lora_rank=4)
 
 
 @pytest.mark.parametrize("drafts", ["random adapter", "oracle"])
-def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, drafts):
-    """The oracle goes with low-rank deltas as large as the weights: ordinary rows must not see them."""
+def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypatch, drafts):
+    """The oracle goes with low-rank deltas as large as the weights: ordinary rows must not see them.
+
+    The other run holds the logits of two requests at a time.
+    """
     model, adapter, plain = case
     if drafts == "oracle":
         adapter = adapter_with_deltas
+    else:
+        limit = "bita_vllm.runner.gpu.get_max_chunk_logits"
+        monkeypatch.setattr(limit, lambda vocab_size: 13)
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
@@ -129,7 +135,7 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, drafts):
         preempted = metric(llm, "num_preemptions")
         worker = llm.llm_engine.model_executor.driver_worker.worker
         check_sleep_keeps_the_tables(worker.model_runner)
-        check_profile_run(worker.model_runner)
+        check_profile_run(worker.model_runner, num_requests=4 if drafts == "oracle" else 2)
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         assert free.get_num_free_blocks() == OPTIONS["num_gpu_blocks_override"] - 1
 

@@ -66,7 +66,7 @@ def make_requests() -> list[tuple[list[int], SamplingParams]]:
 
 @pytest.fixture(scope="module")
 def case(tiny_model, tmp_path_factory):
-    model = tiny_model("llama", vocab_size=512)
+    model = tiny_model("llama", vocab_size=512, num_hidden_layers=2)
     adapter = make_adapter(model, tmp_path_factory.mktemp("adapter"))
     with engine(model, **OPTIONS) as llm:
         return model, adapter, generate(llm, make_requests())

@@ -268,6 +268,8 @@ ENGINE = {
     "LoRA": ({"enable_lora": True, "max_lora_rank": 8}, ["LoRA"]),
     "quantised KV cache": ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2'"]),
     "prompt embeddings": ({"enable_prompt_embeds": True}, ["prompt embeddings"]),
+    "sampling masks": ({"return_sampling_mask": True}, ["return_sampling_mask"]),
+    "trace replay": ({"enable_trace_replay": True}, ["enable_trace_replay"]),
     "logits processors": ({"logits_processors": ["mine:Processor"]}, ["mine:Processor"]),
     "KV connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
