@@ -71,8 +71,10 @@ class StepTrees:
         self.context_len[:n] = input_batch.positions[self.first_row[:n].long()]
         if input_batch.num_draft_tokens:
             self._shift_positions(input_batch.positions, n)
-        if self.lora_rows is not None:
-            self._find_mask_rows(self.lora_rows)
+            if self.lora_rows is not None:
+                self._find_mask_rows(self.lora_rows)
+        elif self.lora_rows is not None:
+            self.lora_rows.num.zero_()
 
     def _shift_positions(
         self,
