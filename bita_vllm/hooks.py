@@ -48,6 +48,39 @@ _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _STRUCTURED = "vllm.v1.structured_output:StructuredOutputManager"
 
+_LINEAR = "vllm.model_executor.layers.linear"
+_MODEL_UTILS = "vllm.model_executor.models.utils"
+
+# Low-rank deltas, on both runners.
+DELTA_HOOKS = (
+    Hook(
+        f"{_LINEAR}:LinearMethodBase.apply",
+        "adds the delta to what a linear layer computes",
+        "(self, layer, x, bias=)",
+    ),
+    Hook(f"{_LINEAR}:ReplicatedLinear.forward", "computes with its linear method", "(self, x)"),
+    Hook(
+        f"{_LINEAR}:ColumnParallelLinear.forward",
+        "computes with its linear method",
+        "(self, input_)",
+    ),
+    Hook(
+        f"{_LINEAR}:RowParallelLinear.forward", "computes with its linear method", "(self, input_)"
+    ),
+    Hook(
+        "vllm.model_executor.utils:get_packed_modules_mapping",
+        "which projections a model fuses",
+        "(model)",
+    ),
+    Hook(f"{_MODEL_UTILS}:WeightsMapper.get_rename_mapper", "names of modules", "(self)"),
+    Hook(f"{_MODEL_UTILS}:WeightsMapper.map_name", "names of modules", "(self, key)"),
+    Hook(
+        "vllm.utils.torch_utils:direct_register_custom_op",
+        "an operation that is not compiled",
+        "(op_name, op_func, mutates_args=, fake_impl=, target_lib=, dispatch_key=, tags=)",
+    ),
+)
+
 CPU_OVERRIDES = (
     Hook(
         "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
@@ -297,4 +330,5 @@ GPU_OVERRIDES = (
         "metadata of step blocks",
         "(self, common_prefix_len, common_attn_metadata, fast_build=)",
     ),
+    Hook("vllm.forward_context:get_forward_context", "whether a step holds blocks", "()"),
 )

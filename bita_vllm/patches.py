@@ -18,11 +18,11 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from bita_vllm.hooks import CPU_OVERRIDES, GPU_OVERRIDES, Function, Hook, Problem
+from bita_vllm.hooks import CPU_OVERRIDES, DELTA_HOOKS, GPU_OVERRIDES, Function, Hook, Problem
 
 logger = logging.getLogger("vllm.bita")
 
-OVERRIDES = CPU_OVERRIDES + GPU_OVERRIDES
+OVERRIDES = CPU_OVERRIDES + GPU_OVERRIDES + DELTA_HOOKS
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 CLI_ALIASES = {
     "--spec-method": "--speculative-method",

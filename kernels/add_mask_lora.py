@@ -30,19 +30,15 @@ class Tiles:
         rows: mask rows of a tile.
         low: stacked low features of a tile of `shrink`.
         split: input features that one program of `shrink` sums up; `step`: at once.
-        out: output columns of a tile of `expand`.
-        rank: low features that `expand` multiplies at once, at most.
+        out: output columns of a tile of `expand`; `rank`: low features that it multiplies at once.
     """
 
     rows: int = 16
     low: int = 64
     split: int = 512
     step: int = 64
-    out: int = 128
-    rank: int = 64
-
-    def block_rank(self, rank: int) -> int:
-        return max(16, min(self.rank, triton.next_power_of_2(rank)))
+    out: int = 64
+    rank: int = 32
 
 
 TILES = Tiles()
@@ -113,7 +109,7 @@ def add_mask_lora(
         output.stride(0),
         NUM_PARTS=len(parts),
         RANK=rank,
-        BLOCK_RANK=TILES.block_rank(rank),
+        BLOCK_RANK=TILES.rank,
         BLOCK_M=TILES.rows,
         BLOCK_N=TILES.out,
     )
@@ -232,7 +228,7 @@ def _expand_kernel(
 
 
 def shipped() -> list[Shipped]:
-    """Both kernels in every dtype, expand for one part and three, ranks of one step and of two."""
+    """Both kernels in every dtype, expand for one part to three, ranks of half a step to four."""
     configurations = []
     for dtype in TRITON_TYPES.values():
         rows = {"mask_rows_ptr": "*i64", "num_mask_rows_ptr": "*i64"}
@@ -269,7 +265,7 @@ def shipped() -> list[Shipped]:
                     constexprs={
                         "NUM_PARTS": num_parts,
                         "RANK": rank,
-                        "BLOCK_RANK": TILES.block_rank(rank),
+                        "BLOCK_RANK": TILES.rank,
                         "BLOCK_M": TILES.rows,
                         "BLOCK_N": TILES.out,
                     },

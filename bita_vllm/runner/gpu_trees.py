@@ -79,8 +79,10 @@ class StepTrees:
         if input_batch.num_draft_tokens:
             longest = min(int(input_batch.num_scheduled_tokens.max()), self.table.num_rows)
             self._shift_positions(input_batch.positions, n, self._places[:longest])
-        if self.lora_rows is not None:
-            self._find_mask_rows(self.lora_rows)
+            if self.lora_rows is not None:
+                self._find_mask_rows(self.lora_rows)
+        elif self.lora_rows is not None:
+            self.lora_rows.num.zero_()
 
     def _shift_positions(
         self,

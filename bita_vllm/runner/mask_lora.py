@@ -86,6 +86,8 @@ class MaskLoraMethod(LinearMethodBase):
         self.add = add
 
     def __getattr__(self, name: str) -> Any:
+        if name == "stock":  # a copy that is being made
+            raise AttributeError(name)
         return getattr(self.stock, name)
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -1,11 +1,14 @@
 """`bita doctor`: says what is well and what is not, in a table and in JSON, with an exit code."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from bita_vllm import cli, doctor, patches
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+from bita_vllm.mask_lora import MaskLoraWeights
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,18 @@ def test_sound_installation_passes(capsys, base, adapter):
     hooks = [f"hook {hook.target}" for hook in patches.PATCHES + patches.OVERRIDES]
     assert names == ["vLLM", "plugin", *hooks, "platform", "adapter"]
     assert "3 mask tokens, 4 prompt tokens" in content["checks"][-1]["detail"]
+
+
+def test_rank_and_memory_of_deltas_are_said(capsys, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    deltas = {"model.layers.0.mlp.up_proj": (torch.ones(1024, 128), torch.ones(256, 1024))}
+    MaskLoraWeights(1024, 1.0, deltas).save(folder / "mask_lora", "base", 3)
+    code, content = report(capsys, "--adapter", folder)
+    assert code == 0
+    assert "deltas of rank 1024 (1.5 MiB)" in content["checks"][-1]["detail"]
+    (folder / "mask_lora" / "adapter_config.json").unlink()
+    code, content = report(capsys, "--adapter", folder)
+    assert code == 1 and "no adapter_config.json" in content["checks"][-1]["detail"]
 
 
 def test_table_names_every_hook(capsys, adapter):

@@ -6,6 +6,7 @@ import pickle
 import shutil
 
 import pytest
+import torch
 import vllm.envs as envs
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -19,6 +20,7 @@ from bita_vllm import plugin
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.config import get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.mask_lora import MaskLoraWeights
 from bita_vllm.tree import Template
 
 plugin.register()
@@ -174,6 +176,19 @@ def test_compile_cache_does_not_mix_bita_with_plain(make, tiny_model):
     plain = EngineArgs(str(tiny_model("llama")), max_model_len=256).create_engine_config()
     assert get_settings(plain) is None
     assert make().compute_hash() != plain.compute_hash()
+
+
+def test_compile_cache_does_not_mix_deltas_of_other_ranks_and_modules(make, adapter, tmp_path):
+    """What is compiled follows from rank and modules, not from the values."""
+    hashes = [make().compute_hash()]
+    assert get_settings(make()).mask_lora is None
+    modules = [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
+    for i, (rank, names) in enumerate([(2, modules), (3, modules), (2, modules[:1]), (2, modules)]):
+        folder = shutil.copytree(adapter, tmp_path / str(i))
+        deltas = {n: (torch.full((rank, 128), i + 1.0), torch.ones(128, rank)) for n in names}
+        MaskLoraWeights(rank, 1.0, deltas).save(folder / "mask_lora", "base", 3)
+        hashes.append(make({"model": str(folder)}).compute_hash())
+    assert len(set(hashes)) == 4 and hashes[4] == hashes[1]
 
 
 OPTIONS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
@@ -175,6 +176,28 @@ def test_only_layers_with_a_delta_are_wrapped(tensor_parallel):
     output, _ = first.o_proj(x)
     assert torch.equal(output, nn.functional.linear(x, first.o_proj.weight))
     assert calls[0][0] is output and calls[0][1] is x and calls[0][5] is rows.rows
+
+
+def test_a_compiled_layer_reads_the_rows_of_each_step(tensor_parallel):
+    from bita_vllm.runner.cpu import add_mask_lora
+
+    model, rows, cpu = Model(), MaskRows(8, torch.device("cpu")), torch.device("cpu")
+    layer = model.model.layers[0].o_proj
+    layer.cpu_linear = nn.functional.linear
+    layer.weight.data.normal_()
+    plain = torch.compile(lambda x: layer(x)[0] * 2, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 16)
+    expected = plain(x)
+    pair = (torch.randn(RANK, 16), torch.randn(IN, RANK))
+    put_in_mask_lora(model, weights(o_proj=pair), rows, add_mask_lora, torch.float32, cpu)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer(x)[0] * 2, fullgraph=True, backend="aot_eager")
+    delta = 2 * SCALE * x @ pair[0].T @ pair[1].T
+    for own in ([], [1, 3], [0], []):
+        rows.set(np.array(own, dtype=np.int64))
+        output, others = compiled(x), [row for row in range(4) if row not in own]
+        assert torch.equal(output[others], expected[others])
+        torch.testing.assert_close(output[own], (expected + delta)[own])
 
 
 def test_a_delta_of_another_size_is_refused(tensor_parallel):
