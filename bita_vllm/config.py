@@ -20,6 +20,7 @@ import vllm.envs as envs
 from pydantic import InstanceOf
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config, get_field
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.hashing import safe_hash
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -27,6 +28,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.machine import cpu_name
 from bita_vllm.tree import MAX_ROWS, Template
 from bita_vllm.tree_search import best_template
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
+
+logger = init_logger("vllm.bita")
 
 METHOD = "bita"
 AUTO = "auto"
@@ -246,11 +250,25 @@ def _choose_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[
     if given is None and not fixed and beside is not None and beside.is_file():
         given = str(beside)
     if given is not None:
-        ladder = Ladder.load(given)
-        ladder.check(adapter.num_mask_tokens)
-        return AUTO, ladder
+        return AUTO, _load_ladder(given, adapter)
     tree, template = _choose_template({**options, "num_speculative_tokens": budget}, adapter)
     return tree, Ladder.fixed(template)
+
+
+def _load_ladder(path: str, adapter: AdapterConfig) -> Ladder:
+    """The ladder, fit for the adapter; a warning if it was made on another machine."""
+    ladder = Ladder.load(path)
+    ladder.check(adapter.num_mask_tokens)
+    made_on = ladder.provenance.get("device")
+    if made_on is not None and made_on != cpu_name():
+        logger.warning(
+            "bita: the ladder %s was made on another machine (%s; this is %s), where rows may cost "
+            "more or less; make one here with 'bita tune'.",
+            path,
+            made_on,
+            cpu_name(),
+        )
+    return ladder
 
 
 def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:

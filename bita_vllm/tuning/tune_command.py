@@ -80,9 +80,10 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     """The ladder, what it was chosen by, where it was saved. Raises what `run` prints."""
     from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
     from bita_vllm.ladder import LADDER_FILE
+    from bita_vllm.machine import cpu_name
     from bita_vllm.training.base_model import choose_device, choose_dtype
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
-    from bita_vllm.training.provenance import cpu_name, versions
+    from bita_vllm.training.provenance import versions
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree_search import MIN_ROWS, acceptance_table
     from bita_vllm.tuning.choose import choose_ladder

@@ -1,6 +1,7 @@
 """Options of the method: what they become, and that every wrong one is refused in one sentence."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from bita_vllm import plugin
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.config import get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.machine import cpu_name
 from bita_vllm.mask_lora import MaskLoraWeights
 from bita_vllm.tree import Template
 
@@ -129,6 +131,21 @@ def test_ladder_beside_the_adapter_is_the_default(make, adapter, ladder, tmp_pat
     assert len(fixed.templates) == 1
     assert fixed.num_speculative_tokens <= 9
     assert len(get_settings(make({"model": str(copied), "tree": "2,1"})).templates) == 1
+
+
+def test_ladder_of_another_machine_is_pointed_out(make, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(bita_config.logger, "warning", lambda *args: warnings.append(args))
+    for device in ("a large machine", cpu_name()):
+        ladder = Ladder(Ladder.fixed(Template.from_widths([1], 1)).templates, [(1, 1, 3)])
+        dataclasses.replace(ladder, provenance={"device": device}).save(tmp_path / "ladder.json")
+        make({"ladder": str(tmp_path / "ladder.json")})
+    assert ["a large machine" in warning for warning in warnings] == [True]
+
+
+def test_ladder_on_a_gpu_is_refused(make, ladder, monkeypatch):
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    assert "one step block for every batch size" in refused(lambda: make({"ladder": str(ladder)}))
 
 
 def test_ladder_for_more_masks_than_the_adapter_has_is_refused(make, tmp_path):
