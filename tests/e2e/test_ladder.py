@@ -26,7 +26,7 @@ LADDER = Ladder(
     [(1, 2, WIDTHS[2]), (3, 5, WIDTHS[1]), (6, 8, 0), (9, 10, WIDTHS[0]), (11, 11, 0)],
 )
 
-pytestmark = pytest.mark.skipif(ON_GPU_RUNNER, reason="the V2 runner serves one template so far")
+pytestmark = pytest.mark.skipif(ON_GPU_RUNNER, reason="test_gpu_runner.py has its own")
 
 
 def make_requests() -> list[tuple[list[int], SamplingParams]]:

@@ -143,9 +143,11 @@ def test_ladder_of_another_machine_is_pointed_out(make, tmp_path, monkeypatch):
     assert ["a large machine" in warning for warning in warnings] == [True]
 
 
-def test_ladder_on_a_gpu_is_refused(make, ladder, monkeypatch):
+def test_on_a_gpu_vllm_itself_follows_the_table(make, ladder, monkeypatch):
     monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
-    assert "one step block for every batch size" in refused(lambda: make({"ladder": str(ladder)}))
+    spec = make({"ladder": str(ladder)}).speculative_config
+    assert spec.num_speculative_tokens_per_batch_size == Ladder.load(ladder).batch_sizes
+    assert make({"tree": "2,1"}).speculative_config.num_speculative_tokens_per_batch_size is None
 
 
 def test_ladder_for_more_masks_than_the_adapter_has_is_refused(make, tmp_path):
