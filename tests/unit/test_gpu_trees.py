@@ -2,20 +2,18 @@
 
 import pytest
 import torch
-from bita_kernels.tree_table import TreeTable
 
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.mask_lora import MaskRows
-from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree import Template
 
 MAX_REQUESTS = 5
 
 
 @pytest.fixture
 def trees() -> StepTrees:
-    table = TreeTable.of(TemplateTable(Template.from_text("2,1", 3)), "cpu")
-    trees = StepTrees(table, MAX_REQUESTS, torch.device("cpu"))
-    trees.lora_rows = MaskRows(MAX_REQUESTS * table.num_rows + 1, torch.device("cpu"))
+    trees = StepTrees([Template.from_text("2,1", 3)], MAX_REQUESTS, torch.device("cpu"))
+    trees.lora_rows = MaskRows(MAX_REQUESTS * trees.table.num_rows + 1, torch.device("cpu"))
     return trees
 
 
