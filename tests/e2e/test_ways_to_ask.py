@@ -88,7 +88,7 @@ def test_every_way_to_ask_gives_the_same_settings(ask, model, adapter):
     config = ask(model, adapter)
     expected = get_settings(WAYS["Python"](model, adapter))
     settings = get_settings(config)
-    assert replace(settings, template=None) == replace(expected, template=None)
+    assert replace(settings, ladder=None) == replace(expected, ladder=None)
     for column in ("parent", "rank", "mask_index"):
         same = getattr(settings.template, column) == getattr(expected.template, column)
         assert same.all()
