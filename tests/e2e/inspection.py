@@ -118,6 +118,8 @@ def _groups_cpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> No
 
     def recording(self: BitaCPUModelRunner, *args: Any) -> Any:
         hidden_states, blocks = args[3], self._blocks
+        if blocks is None:  # a plain step
+            return propose(self, *args)
         for request, line, first in zip(
             self.input_batch.req_ids, blocks.line, blocks.first_row, strict=True
         ):
@@ -131,28 +133,36 @@ def _groups_cpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> No
 
 
 def _groups_gpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> None:
-    from bita_vllm.runner.gpu import BitaGPUModelRunner
+    from bita_vllm.runner.gpu import BlockSpeculator
 
-    make_blocks = BitaGPUModelRunner._make_blocks
+    propose = BlockSpeculator.propose
 
-    def recording(self: BitaGPUModelRunner, hidden_states: Any, batch: Any) -> Any:
-        trees, table = self.model_state.trees, TemplateTable(self.settings.template)
-        for i, request in enumerate(batch.req_ids):
-            line, first = int(trees.line[i]), int(trees.first_row[i])
+    def recording(
+        self: BlockSpeculator,
+        batch: Any,
+        metadata: Any,
+        slots: Any,
+        hidden_states: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        lines, first_rows = self.trees.line.tolist(), self.trees.first_row.tolist()
+        for request, line, first in zip(batch.req_ids, lines, first_rows, strict=False):
             if line >= 0:
-                rows = first + _group_of_root(table, line, num_masks)
-                logits = self.model.compute_logits(hidden_states[rows])
+                rows = first + _group_of_root(self.trees.table, line, num_masks)
+                logits = self.compute_logits(hidden_states[rows])
                 groups[request.split("-")[0]][int(batch.positions[first])] = logits.clone()
-        return make_blocks(self, hidden_states, batch)
+        return propose(self, batch, metadata, slots, hidden_states, *args, **kwargs)
 
-    patch.setattr(BitaGPUModelRunner, "_make_blocks", recording)
+    patch.setattr(BlockSpeculator, "propose", recording)
 
 
-def _group_of_root(table: TemplateTable, line: int, num_masks: int) -> np.ndarray:
+def _group_of_root(table: Any, line: int, num_masks: int) -> np.ndarray:
     """`[k]` rows in the block: each mask is the child of the one before, the first the root's."""
+    mask_index, parent = np.asarray(table.mask_index[line]), np.asarray(table.parent[line])
     rows = [0]
     while len(rows) <= num_masks:
-        (row,) = np.flatnonzero((table.mask_index[line] >= 0) & (table.parent[line] == rows[-1]))
+        (row,) = np.flatnonzero((mask_index >= 0) & (parent == rows[-1]))
         rows.append(int(row))
     return np.array(rows[1:])
 
