@@ -39,6 +39,8 @@ class Tiles:
     step: int = 64
     out: int = 64
     rank: int = 32
+    # With 4, `expand` spills a few bytes on sm_90 and sm_100 (python -m bita_kernels.aot).
+    expand_warps: int = 8
 
 
 TILES = Tiles()
@@ -93,9 +95,7 @@ def add_mask_lora(
         BLOCK_N=TILES.low,
         BLOCK_K=TILES.step,
     )
-    # Every part may end in a tile of its own.
-    out_programs = triton.cdiv(output.shape[1], TILES.out) + len(parts) - 1
-    _expand_kernel[row_programs, out_programs](
+    _expand_kernel[row_programs, triton.cdiv(output.shape[1], TILES.out), len(parts)](
         output,
         low,
         lora_b,
@@ -107,11 +107,11 @@ def add_mask_lora(
         num_splits,
         low_features,
         output.stride(0),
-        NUM_PARTS=len(parts),
         RANK=rank,
         BLOCK_RANK=TILES.rank,
         BLOCK_M=TILES.rows,
         BLOCK_N=TILES.out,
+        num_warps=TILES.expand_warps,
     )
 
 
@@ -177,7 +177,6 @@ def _expand_kernel(
     num_splits,
     low_features,
     out_stride,
-    NUM_PARTS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -185,18 +184,11 @@ def _expand_kernel(
 ):
     """out[mask_rows[i], a tile of one part's columns] += (sum of the splits of low[i]) B^T."""
     num = tl.minimum(tl.load(num_mask_rows_ptr).to(tl.int32), capacity)
-    # The tiles of all parts lie one behind another in program_id(1).
-    place = tl.program_id(1)
-    part, first, end = 0, 0, 0
-    for p in tl.static_range(NUM_PARTS):
-        part_first = tl.load(parts_ptr + 2 * p)
-        part_end = tl.load(parts_ptr + 2 * p + 1)
-        tiles = tl.cdiv(part_end - part_first, BLOCK_N)
-        here = (place >= 0) & (place < tiles)
-        part = tl.where(here, p, part)
-        first = tl.where(here, part_first + place * BLOCK_N, first)
-        end = tl.where(here, part_end, end)
-        place -= tiles
+    part = tl.program_id(2)
+    first = tl.load(parts_ptr + 2 * part) + tl.program_id(1) * BLOCK_N
+    end = tl.load(parts_ptr + 2 * part + 1)
+    if first >= end:  # of a part narrower than the layer
+        return
     column = first + tl.arange(0, BLOCK_N)
     inside = column < end
     for tile in range(tl.program_id(0), tl.cdiv(num, BLOCK_M), tl.num_programs(0)):
@@ -228,7 +220,7 @@ def _expand_kernel(
 
 
 def shipped() -> list[Shipped]:
-    """Both kernels in every dtype, expand for one part to three, ranks of half a step to four."""
+    """Both kernels in every dtype, expand for ranks of half a step, two and four."""
     configurations = []
     for dtype in TRITON_TYPES.values():
         rows = {"mask_rows_ptr": "*i64", "num_mask_rows_ptr": "*i64"}
@@ -256,19 +248,19 @@ def shipped() -> list[Shipped]:
             "low_ptr": "*fp32",
             "parts_ptr": "*i32",
         }
-        for num_parts, rank in ((1, 64), (3, 64), (2, 16), (3, 128)):
+        for rank in (16, 64, 128):
             configurations.append(
                 Shipped(
-                    name=f"expand {dtype} parts {num_parts} rank {rank}",
+                    name=f"expand {dtype} rank {rank}",
                     kernel=_expand_kernel,
                     signature=common | names | {"num_splits": "i32", "out_stride": "i32"},
                     constexprs={
-                        "NUM_PARTS": num_parts,
                         "RANK": rank,
                         "BLOCK_RANK": TILES.rank,
                         "BLOCK_M": TILES.rows,
                         "BLOCK_N": TILES.out,
                     },
+                    num_warps=TILES.expand_warps,
                     divisible=("low_features", "out_stride"),
                     tensor_cores=dtype != "fp32",
                 )
