@@ -72,7 +72,7 @@ def case(tiny_model, tmp_path_factory):
         return model, adapter, generate(llm, make_requests())
 
 
-@pytest.mark.parametrize("drafts", ["oracle", "random adapter"])
+@pytest.mark.parametrize("drafts", ["oracle"] if ON_GPU_RUNNER else ["oracle", "random adapter"])
 def test_output_equals_plain_vllm(case, drafts):
     model, adapter, plain = case
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
