@@ -112,7 +112,8 @@ def measure(
         command += [part for flag in flags.items() for part in flag]
         trainer = make_trainer(make_parser().parse_args(command), Processes())
         start = time.monotonic()
-        trainer.train()
+        if not trainer.train():
+            raise SystemExit(f"{name} was stopped at step {trainer.step}; it has no row.")
         seconds = time.monotonic() - start
         last = trainer.curve.summary()
         del trainer
