@@ -1,0 +1,35 @@
+"""fp32, compiled: low-rank deltas for mask rows leave plain vLLM's tokens as they are.
+
+The other tests of deltas run eagerly; here the operation sits in a graph that torch.compile made.
+"""
+
+import numpy as np
+import pytest
+from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.inspection import known, oracle, recorded_steps
+from vllm import SamplingParams
+from vllm.config import CompilationMode
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ON_GPU_RUNNER, reason="the interpreter runs eagerly"),
+]
+OPTIONS = {"enforce_eager": False, "max_model_len": 256, "max_num_seqs": 4}
+
+
+def test_tokens_equal_plain_vllm(tiny_model, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=2)
+    adapter = make_adapter(model, tmp_path / "adapter", lora_rank=8)
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    requests = [(rng.integers(3, 500, length).tolist(), params) for length in (5, 20, 33, 9)]
+    with engine(model, **OPTIONS) as llm:
+        plain = generate(llm, requests)
+    bita = {"model": str(adapter), "tree": "3,2"}
+    with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **OPTIONS) as llm:
+        mode = llm.llm_engine.vllm_config.compilation_config.mode
+        outputs = generate(llm, requests)
+    assert mode in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.VLLM_COMPILE)
+    for ours, theirs in zip(outputs, plain, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+    assert max(len(step.tokens) for step in steps) == 3, "no tree was accepted to its end"
