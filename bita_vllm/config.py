@@ -251,7 +251,7 @@ def _choose_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[
         given = str(beside)
     if given is not None:
         return AUTO, _load_ladder(given, adapter)
-    tree, template = _choose_template({**options, "num_speculative_tokens": budget}, adapter)
+    tree, template = _choose_template(options, adapter)
     return tree, Ladder.fixed(template)
 
 

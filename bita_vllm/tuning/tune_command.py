@@ -83,7 +83,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm.machine import cpu_name
     from bita_vllm.training.base_model import choose_device, choose_dtype
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
-    from bita_vllm.training.provenance import versions
+    from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree_search import MIN_ROWS, acceptance_table
     from bita_vllm.tuning.choose import choose_ladder
@@ -109,14 +109,13 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
         )
     model = args.model or config.verifier
     path = args.out or adapter_dir / LADDER_FILE
-    made = versions()
     provenance: dict[str, Any] = {
-        "model": Path(model).name if Path(model).exists() else model,
+        "model": portable_name(model),
         "device": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "dtype": choose_dtype(args.dtype, "cpu"),
         "engine_args": engine_args,
-        **made,
+        **versions(),
     }
     points = None if args.again else _points_of(path, provenance)
     if points is None:
