@@ -156,12 +156,27 @@ class Ladder:
         """For logs: rows by batch size, or the template if it is the only one."""
         if len(self.templates) == len(self.batch_sizes) == 1:
             return self.widest.describe()
-        starts = [first for first, _, _ in self.batch_sizes]
-        ends = [str(start - 1) for start in starts[1:]] + ["up"]
-        return ", ".join(
-            f"{first}-{end}: {width + 1} rows" if width else f"{first}-{end}: plain"
-            for (first, _, width), end in zip(self.batch_sizes, ends, strict=True)
-        )
+        return describe_ranges(self.batch_sizes)
+
+
+def ranges_of(widths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """`Ladder.batch_sizes` from the width of each batch size from 1 up."""
+    ranges: list[tuple[int, int, int]] = []
+    for n, width in enumerate(widths, start=1):
+        if ranges and ranges[-1][2] == width:
+            ranges[-1] = (ranges[-1][0], n, width)
+        else:
+            ranges.append((n, n, width))
+    return ranges
+
+
+def describe_ranges(ranges: Sequence[tuple[int, int, int]]) -> str:
+    """For logs: rows by batch size."""
+    ends = [str(first - 1) for first, _, _ in ranges[1:]] + ["up"]
+    return ", ".join(
+        f"{first}-{end}: {width + 1} rows" if width else f"{first}-{end}: plain"
+        for (first, _, width), end in zip(ranges, ends, strict=True)
+    )
 
 
 def _range(entry: Any) -> tuple[int, int, int]:

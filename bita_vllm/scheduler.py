@@ -1,30 +1,41 @@
-"""vLLM's scheduler with speculative statistics in tree depths.
+"""vLLM's scheduler with speculative statistics in tree depths, and with widths that follow the load.
 
 To the scheduler a step block is R-1 draft tokens; to a user a draft is as long as the tree is deep.
+Source: Scheduler.schedule, update_from_output, make_spec_decoding_stats (vllm/v1/core/sched/scheduler.py).
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from bita_vllm import config
+from bita_vllm.adapter_config import AdapterConfig
 from bita_vllm.config import get_settings
 from bita_vllm.grammar import BlockGrammar
 from bita_vllm.tree import TemplateTable
+from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tuning.online import policy_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
+logger = init_logger("vllm.bita")
 
-class _DepthStatistics(Scheduler):
-    """Stock scheduling; `vllm:spec_decode_*` counts depths offered and depths accepted, never rows."""
+
+class _BlockScheduler(Scheduler):
+    """Stock scheduling; `vllm:spec_decode_*` counts depths offered and depths accepted, never rows.
+
+    Widths are those of the ladder's table, which follows what steps take and what is accepted (tuning/online.py).
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,11 +50,15 @@ class _DepthStatistics(Scheduler):
         self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
             manager, tables, self.vllm_config.model_config.get_vocab_size()
         )
+        max_num_seqs = self.scheduler_config.max_num_seqs
         if not config.on_gpu():
             # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
             # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
-            lookup = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
-            self.dynamic_sd_lookup = lookup.tolist()
+            self.dynamic_sd_lookup = settings.ladder.lookup(max_num_seqs).tolist()
+        adapter = AdapterConfig.load(settings.adapter_dir)
+        acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
+        self._policy = policy_of(settings.ladder, acceptance, max_num_seqs, padded=config.on_gpu())
+        self._last_decode = (0, 0.0)  # requests, end of the last step if it did nothing but decode
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -51,7 +66,32 @@ class _DepthStatistics(Scheduler):
         # Blocks are padded (V2 runner), or of several templates: the runner says which lines they had.
         lines = getattr(model_runner_output, "block_lines", None) or []
         self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
+        if self._policy is not None:
+            self._follow_the_load(scheduler_output, lines, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _follow_the_load(
+        self, step: SchedulerOutput, lines: list[int], output: ModelRunnerOutput
+    ) -> None:
+        """Tell the policy what the step came to; take its table."""
+        policy, now = self._policy, time.monotonic()
+        assert policy is not None
+        num_requests, drafts = len(step.num_scheduled_tokens), step.scheduled_spec_decode_tokens
+        rows_of_blocks = sum(map(len, drafts.values())) + num_requests
+        only_decoding = (
+            num_requests > 0
+            and not step.scheduled_new_reqs
+            and step.total_num_scheduled_tokens == rows_of_blocks
+        )
+        # From the end of a step to the end of the next one is what a step takes, with and without async scheduling.
+        requests_before, end_before = self._last_decode
+        timed = only_decoding and requests_before == num_requests
+        self._last_decode = (num_requests if only_decoding else 0, now)
+        last_nodes = getattr(output, "last_nodes", [])
+        policy.saw_step(lines, last_nodes, num_requests, now - end_before if timed else None)
+        if policy.review(now):
+            logger.info("bita: rows by load now %s", policy.describe())
+        self.dynamic_sd_lookup = policy.lookup
 
     def make_spec_decoding_stats(
         self,
@@ -73,11 +113,11 @@ class _DepthStatistics(Scheduler):
         return stats or spec_decoding_stats
 
 
-class BitaScheduler(_DepthStatistics):
+class BitaScheduler(_BlockScheduler):
     """Each step is scheduled after the last one."""
 
 
-class BitaAsyncScheduler(_DepthStatistics, AsyncScheduler):
+class BitaAsyncScheduler(_BlockScheduler, AsyncScheduler):
     """The next step is scheduled while a step runs."""
 
 

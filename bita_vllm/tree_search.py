@@ -314,7 +314,7 @@ def evaluate(drafts: Sequence[Draft], acceptance: np.ndarray) -> LongRun:
     states = 1 << acceptance.shape[2]
     chunk = max(1, CHUNK // (num_nodes * min(states, 64)))
     found = [
-        long_run(_padded(drafts[start : start + chunk], num_nodes), acceptance)
+        long_run(padded_drafts(drafts[start : start + chunk], num_nodes), acceptance)
         for start in range(0, len(drafts), chunk)
     ]
     return LongRun(
@@ -323,7 +323,7 @@ def evaluate(drafts: Sequence[Draft], acceptance: np.ndarray) -> LongRun:
     )
 
 
-def _padded(drafts: Sequence[Draft], num_nodes: int) -> Drafts:
+def padded_drafts(drafts: Sequence[Draft], num_nodes: int) -> Drafts:
     def column(values: Iterable[tuple[int, ...]], padding: int) -> np.ndarray:
         lines = [value + (padding,) * (num_nodes - len(value)) for value in values]
         return np.array(lines, dtype=np.int64)

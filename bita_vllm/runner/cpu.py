@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 # measured on SmolLM2's head (49152 x 576, fp32, one core): 4 rows 12 ms against 10 + 9, 16 rows 29
 # against 18 + 9.
 MAX_ROWS_IN_ONE_LOGITS_PASS = 16
-PLAIN = -1
 
 add_mask_lora = opaque_operation("add_mask_lora_cpu", add_mask_lora_naive)
 
@@ -48,10 +47,6 @@ class BitaCPUWorker(cpu_worker.CPUWorker):
     def init_device(self) -> None:
         with replaced(cpu_worker, "CPUModelRunner", BitaCPUModelRunner):
             super().init_device()
-
-    def set_width(self, width: int) -> None:
-        """Every later block has this width of the ladder, whatever the batch size: for `bita tune`."""
-        self.model_runner.set_width(width)
 
 
 class BitaCPUModelRunner(CPUModelRunner):
@@ -69,22 +64,13 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
         self.table = TemplateTable(*settings.templates)
-        # Index of the template by number of requests in the batch, PLAIN for none.
-        widths = settings.ladder.lookup(self.scheduler_config.max_num_seqs)
-        self._template_of_batch = [self._template_index(width) for width in widths.tolist()]
         self.vocab_size = self.model_config.get_vocab_size()
         self._lines: dict[str, int] = {}
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None
+        self._last_nodes: list[int] = []
         self._mask_logits = torch.zeros(0)
         self._grammar: GrammarOutput | None = None
-
-    def _template_index(self, width: int) -> int:
-        return PLAIN if width == PLAIN_WIDTH else self.settings.ladder.widths.index(width)
-
-    def set_width(self, width: int) -> None:
-        """One width for every batch size."""
-        self._template_of_batch = [self._template_index(width)] * len(self._template_of_batch)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
@@ -157,16 +143,17 @@ class BitaCPUModelRunner(CPUModelRunner):
         return list(groups.values())
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """Stock; the scheduler is told which block each request had, for its metrics.
+        """Stock; the scheduler is told which block each request had, and where its walk stopped.
 
         In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
         """
-        lines = None if self._blocks is None else self._blocks.line.tolist()
+        blocks = self._blocks
         has_blocks = self._blocks is not None and bool((self._blocks.line >= 0).any())
         self._grammar = grammar_output if has_blocks else None
         output = super().sample_tokens(None if has_blocks else grammar_output)
-        if output is not None:
-            output.block_lines = lines
+        if output is not None and blocks is not None:
+            output.block_lines = blocks.line.tolist()
+            output.last_nodes = self._last_nodes
         return output
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: None) -> SamplerOutput:
@@ -191,6 +178,7 @@ class BitaCPUModelRunner(CPUModelRunner):
             targets.close()
         self._move_accepted(walk)
         self._walk = walk
+        self._last_nodes = walk.last_node.tolist()
         longest = max(int(walk.num_emitted.max()), 1)
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(walk.tokens[:, :longest].astype(np.int32)),
@@ -248,9 +236,12 @@ class BitaCPUModelRunner(CPUModelRunner):
         if self._step_mask_rows is not None:
             self._step_mask_rows.num.zero_()  # vLLM's dummy steps have none
         num_requests = self.input_batch.num_reqs
-        template = self._template_of_batch[num_requests]
-        if template == PLAIN:
+        width = (
+            scheduler_output.num_spec_tokens_to_schedule
+        )  # of the next blocks, the scheduler's choice
+        if width == PLAIN_WIDTH:
             return [[] for _ in range(num_requests)]
+        template = self.settings.ladder.widths.index(width)
         if blocks is None or walk is None:
             upcoming = NextBlocks.without_candidates(self.table, num_requests, template)
         else:

@@ -321,7 +321,9 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         logprobs, num_nans = zip(*scores, strict=True)
         output = SamplerOutput(
             # a copy, as it travels to the host while the next step runs
-            sampled_token_ids=torch.cat([trees.tokens[:n], trees.line[:n, None]], dim=1),
+            sampled_token_ids=torch.cat(
+                [trees.tokens[:n], trees.line[:n, None], trees.last_node[:n, None]], dim=1
+            ),
             logprobs_tensors=joined_logprobs(logprobs),
             num_nans=torch.cat(num_nans) if self.sampler.compute_nans else None,
             num_sampled=num_sampled,
@@ -357,13 +359,13 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         return logprobs, num_nans
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """Stock; the output also says which line each block had."""
+        """Stock; the output also says which line each block had and where its walk stopped."""
         output = super().sample_tokens(grammar_output)
         return BlockOutput(output) if isinstance(output, AsyncOutput) else output
 
 
 class BlockOutput(AsyncModelRunnerOutput):
-    """vLLM's output on its way to the host, with the lines for `scheduler.py`'s statistics."""
+    """vLLM's output on its way to the host, with lines and last nodes for `scheduler.py`'s statistics."""
 
     def __init__(self, output: AsyncOutput) -> None:
         self._output = output
@@ -371,7 +373,7 @@ class BlockOutput(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         result, tokens = self._output.get_output(), self._output.sampled_token_ids
         if tokens.shape[1] > 1:  # a step with blocks
-            result.block_lines = tokens[:, -1].tolist()
+            result.block_lines, result.last_nodes = tokens[:, -2:].T.tolist()
         return result
 
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict, fields
 from typing import Any
 
+from bita_vllm.training.base_model import DTYPES
+
 OPENINGS = ("mixed", "system", "bare")
 
 
@@ -30,8 +32,13 @@ def add_parser(subparsers: Any) -> None:
         "dataset as NAME or NAME:SPLIT",
     )
     parser.add_argument("--revision", help="revision of the model on the hub")
-    parser.add_argument("--dtype", default="auto", help="as vLLM's --dtype (default: auto)")
     add = parser.add_argument
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the model, as 'bita train' (default: auto)",
+    )
     add(
         "--max-prompt-tokens",
         type=int,
@@ -79,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
 def make_data(args: argparse.Namespace) -> None:
     """Everything that can be refused is refused before the engine starts. Raises DataError."""
-    from bita_vllm.training.base_model import load_tokenizer, start_engine
+    from bita_vllm.training.base_model import (
+        choose_device,
+        choose_dtype,
+        load_tokenizer,
+        start_engine,
+    )
     from bita_vllm.training.generate import GenerateConfig, Generator
     from bita_vllm.training.own_prompts import UserTurn
     from bita_vllm.training.provenance import versions
@@ -93,13 +105,14 @@ def make_data(args: argparse.Namespace) -> None:
     engine_args = parse_engine_args(args)
     config = GenerateConfig(**{f.name: getattr(args, f.name) for f in fields(GenerateConfig)})
     prompts = None if args.prompts is None else read_prompts(args.prompts)
+    dtype = choose_dtype(args.dtype, choose_device("auto"))
     tokenizer, revision = load_tokenizer(args.model, args.revision)
     if prompts is None:
         UserTurn.of(tokenizer, config.opening)
     header = {
         "model": args.model,
         "revision": revision,
-        "settings": {**asdict(config), "dtype": args.dtype, "prompts": args.prompts},
+        "settings": {**asdict(config), "dtype": dtype, "prompts": args.prompts},
         "versions": versions(),
     }
     writer = SampleWriter(args.out, header)
@@ -109,7 +122,7 @@ def make_data(args: argparse.Namespace) -> None:
         return
     options = {
         "revision": args.revision,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "max_model_len": config.max_prompt_tokens + config.max_answer_tokens,
         **engine_args,
     }

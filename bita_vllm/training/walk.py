@@ -8,6 +8,7 @@ no model is needed once these are computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,22 @@ class Replay:
 
 # By depth: (answer place of the group, mask index) that gives the candidates.
 Sources = list[tuple[int, int]]
+
+
+class Step(NamedTuple):
+    """One step of a request.
+
+    Attributes:
+        line: of the template table, the block that it had.
+        last_node: row in the block where the walk stopped.
+        emitted: accepted length.
+        sources: of the next step's candidates.
+    """
+
+    line: int
+    last_node: int
+    emitted: int
+    sources: Sources
 
 
 class TreeWalker:
@@ -75,8 +92,8 @@ class TreeWalker:
         root: int,
         sources: Sources,
         template: int = 0,
-    ) -> tuple[int, Sources]:
-        """Accepted length of the step whose root is that token of the answer, and the next step's candidates."""
+    ) -> Step:
+        """The step whose root is that token of the answer."""
         line, last = self.line(sources, template), len(by_place) - 1
         children = self._children[line]
         node, emitted = 0, 1
@@ -85,7 +102,8 @@ class TreeWalker:
             if child is None or root + emitted == last:
                 break
             node, emitted = child, emitted + 1
-        return emitted, [(root + depth, mask) for depth, mask in self._sources[line][node]]
+        left = [(root + depth, mask) for depth, mask in self._sources[line][node]]
+        return Step(line, node, emitted, left)
 
     def replay(
         self,
@@ -98,7 +116,7 @@ class TreeWalker:
         sources: Sources = []
         lengths, candidates = [], []
         while root < len(by_place) - 1:
-            emitted, next_sources = self.step(by_place, root, sources)
+            _, _, emitted, next_sources = self.step(by_place, root, sources)
             reached = sources[:emitted]
             candidates += [(mask, by_place[place][mask]) for place, mask in reached]
             sources = next_sources

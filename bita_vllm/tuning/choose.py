@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from bita_vllm.ladder import PLAIN_WIDTH, Ladder
-from bita_vllm.tree import Template
-from bita_vllm.tree_search import best_templates, long_run_of
+from bita_vllm.ladder import PLAIN_WIDTH, Ladder, ranges_of
+from bita_vllm.tree_search import Draft, best_templates, evaluate
 from bita_vllm.tuning.cost import StepCost
 
 BUDGETS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # Expected gain below which plain decoding is kept: what prediction and measurement may be wrong by.
 MIN_GAIN = 0.03
+PLAIN = -1  # no template
 
 
 @dataclass(frozen=True)
@@ -61,45 +61,58 @@ def choose_ladder(
         min_gain: a template has to promise so much more than plain decoding.
         provenance: stored in the ladder.
     """
-    expected = [
-        (
-            template,
-            float(run.accepted_length[0]),
-            template.num_rows if padded else float(run.rows[0]),
+    candidates = best_templates(budgets, acceptance)
+    run = evaluate([Draft.of(template) for template in candidates], acceptance)
+    rows = np.array([t.num_rows for t in candidates]) if padded else run.rows
+    batch_sizes = range(1, max_batch_size + 1)
+    seconds, plain = step_seconds(cost, rows, batch_sizes, context)
+    index, gain = fastest(run.accepted_length, seconds, plain, min_gain)
+    choices = [
+        Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0)
+        if i == PLAIN
+        else Choice(
+            n,
+            candidates[i].num_rows - 1,
+            float(run.accepted_length[i]),
+            float(seconds[i, n - 1]),
+            float(gain[n - 1]),
         )
-        for template in best_templates(budgets, acceptance)
-        for run in [long_run_of(template, acceptance)]
+        for n, i in zip(batch_sizes, index.tolist(), strict=True)
     ]
-    choices = [_choose(expected, cost, n, context, min_gain) for n in range(1, max_batch_size + 1)]
     templates = {
         template.num_rows - 1: template
-        for template, _, _ in expected
+        for template in candidates
         if any(choice.width == template.num_rows - 1 for choice in choices)
     }
     if not templates:  # plain at every batch size; a ladder names a template even so
-        templates = {expected[0][0].num_rows - 1: expected[0][0]}
-    ranges: list[tuple[int, int, int]] = []
-    for choice in choices:
-        n, width = choice.batch_size, choice.width
-        if ranges and ranges[-1][2] == width:
-            ranges[-1] = (ranges[-1][0], n, width)
-        else:
-            ranges.append((n, n, width))
-    return Ladder(templates, ranges, provenance or {}), choices
+        templates = {candidates[0].num_rows - 1: candidates[0]}
+    widths = [choice.width for choice in choices]
+    return Ladder(templates, ranges_of(widths), provenance or {}), choices
 
 
-def _choose(
-    expected: list[tuple[Template, float, float]],
+def step_seconds(
     cost: StepCost,
-    num_requests: int,
+    # [T] mean rows of a request, by template
+    rows: np.ndarray,
+    batch_sizes: Sequence[int],
     context: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[T, len(batch_sizes)]` seconds of a step with each template, `[len(batch_sizes)]` of a plain one."""
+    seconds = [[cost.seconds(n, n * r, context) for n in batch_sizes] for r in rows.tolist()]
+    return np.array(seconds), np.array([cost.seconds(n, n, context) for n in batch_sizes])
+
+
+def fastest(
+    # [T] accepted length, by template
+    lengths: np.ndarray,
+    # [T, N] seconds of a step, by template and batch size
+    seconds: np.ndarray,
+    # [N] seconds of a plain step
+    plain: np.ndarray,
     min_gain: float,
-) -> Choice:
-    plain = cost.seconds(num_requests, num_requests, context)
-    best = Choice(num_requests, PLAIN_WIDTH, 1.0, plain, 1.0)
-    for template, length, rows in expected:
-        seconds = cost.seconds(num_requests, num_requests * rows, context)
-        gain = length * plain / seconds
-        if gain > max(best.gain, 1 + min_gain):
-            best = Choice(num_requests, template.num_rows - 1, length, seconds, gain)
-    return best
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[N]` template with most tokens a second, PLAIN where none gains `min_gain`; `[N]` its gain over plain."""
+    gains = lengths[:, None] * plain / seconds
+    index, gain = gains.argmax(axis=0), gains.max(axis=0)
+    pays = gain > 1 + min_gain
+    return np.where(pays, index, PLAIN), np.where(pays, gain, 1.0)

@@ -21,6 +21,7 @@ import numpy as np
 
 # Steps until the distribution of states is the stationary one: 2**6, by squaring.
 NUM_SQUARINGS = 6
+NEVER = 1e-12  # share of the steps
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,41 @@ def long_run(
     acceptance: np.ndarray,
 ) -> LongRun:
     """Exact for the chain: the distribution over states that steps settle in, and its expectations."""
+    states, share, reach = _settled(drafts, acceptance)
+    depth = drafts.depth()
+    is_node = drafts.rank >= 0
+    is_node[:, 0] = True
+    rows_of_node = np.where(is_node, 1 + drafts.group, 0)
+    rows = np.zeros(share.shape)
+    for i, size in enumerate(np.bitwise_count(states)):
+        rows[:, i] = (rows_of_node * (depth <= size)).sum(axis=1)
+    return LongRun((share * reach.sum(axis=0)).sum(axis=1), (share * rows).sum(axis=1))
+
+
+def reach_by_depths(
+    drafts: Drafts,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> np.ndarray:
+    """`[C, k+1, N]` P(the walk reaches the node | so many depths have candidates); NaN where that never happens."""
+    states, share, reach = _settled(drafts, acceptance)
+    deepest = drafts.depth().max(axis=1)
+    depths = np.minimum(np.bitwise_count(states), deepest[:, None])  # [C, S]
+    found = np.full((len(share), acceptance.shape[2] + 1, len(reach)), np.nan)
+    for num in range(acceptance.shape[2] + 1):
+        weight = share * (depths == num)
+        total = weight.sum(axis=1)
+        seen = total > NEVER
+        found[seen, num] = ((reach * weight).sum(axis=-1)[:, seen] / total[seen]).T
+    return found
+
+
+def _settled(
+    drafts: Drafts,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[S]` states, `[C, S]` their share of the steps in the long run, `[N, C, S]` P(node reached | state)."""
     num_drafts, num_nodes = drafts.parent.shape
     num_masks = acceptance.shape[2]
     line = np.arange(num_drafts)
@@ -109,15 +145,7 @@ def long_run(
         move[line, :, next_index[:, node]] += stop[node]
     for _ in range(NUM_SQUARINGS):
         move = move @ move
-    share = move[:, 0]  # [C, S], from no candidates on
-
-    is_node = drafts.rank >= 0
-    is_node[:, 0] = True
-    rows_of_node = np.where(is_node, 1 + drafts.group, 0)
-    rows = np.zeros((num_drafts, len(states)))
-    for i, size in enumerate(np.bitwise_count(states)):
-        rows[:, i] = (rows_of_node * (depth <= size)).sum(axis=1)
-    return LongRun((share * reach.sum(axis=0)).sum(axis=1), (share * rows).sum(axis=1))
+    return states, move[:, 0], reach  # from no candidates on
 
 
 def _accept_by_state(

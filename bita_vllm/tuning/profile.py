@@ -1,7 +1,7 @@
 """What a decoding step costs on this machine: timed in the real engine, by requests and rows.
 
-One engine serves a ladder whose width is set by hand (`BitaCPUWorker.set_width`), so that plain steps and
-blocks of every size are timed on the same requests, in turn and in both orders, drift hitting all alike.
+One engine serves a ladder whose table is set by hand in its scheduler, so that plain steps and blocks of
+every size are timed on the same requests, in turn and in both orders, drift hitting all alike.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def profile_steps(
         num_steps: steps timed at each point, half of them in each of two rounds.
     """
     points = []
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     widths = [PLAIN_WIDTH, *widths]
     per_round = -(-num_steps // 2)
     with tqdm(total=2 * len(requests) * len(widths), desc="timing steps", unit="point") as bar:
@@ -38,7 +39,7 @@ def profile_steps(
             found: dict[int, list[tuple[int, float]]] = {width: [] for width in widths}
             for order in (widths, widths[::-1]):
                 for width in order:
-                    llm.collective_rpc("set_width", args=(width,))
+                    _set_width(scheduler, width)
                     timed = [next(steps) for _ in range(WARM_UP_STEPS + per_round)]
                     found[width] += timed[WARM_UP_STEPS:]
                     bar.update()
@@ -47,6 +48,11 @@ def profile_steps(
                 rows = statistics.mean(rows for rows, _ in measured) / n
                 points.append((n, rows, statistics.median(seconds for _, seconds in measured)))
     return points
+
+
+def _set_width(scheduler: Any, width: int) -> None:
+    """Every later block has it, whatever the batch size."""
+    scheduler.dynamic_sd_lookup = [width] * len(scheduler.dynamic_sd_lookup)
 
 
 def _decode_steps(llm: Any, num_requests: int, num_steps: int) -> Generator[tuple[int, float]]:
@@ -70,7 +76,7 @@ def _decode_steps(llm: Any, num_requests: int, num_steps: int) -> Generator[tupl
     names = [f"profile-{num_requests}-{i}" for i in range(num_requests)]
     scheduler.schedule = counting
     try:
-        llm.collective_rpc("set_width", args=(PLAIN_WIDTH,))
+        _set_width(scheduler, PLAIN_WIDTH)
         for i, name in enumerate(names):
             prompt = [(7 * i + 3 * place) % config.get_vocab_size() for place in range(PROMPT_LEN)]
             engine.add_request(name, {"prompt_token_ids": prompt}, params)

@@ -16,6 +16,7 @@ import numpy as np
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
 from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
 from bita_vllm.tuning.cost import StepCost
+from bita_vllm.tuning.online import WidthPolicy
 
 # Ranks behind the first, given that the first is wrong: as measured for SmolLM2-135M's adapter with deltas
 # (first and second mask alike).
@@ -31,7 +32,7 @@ class Simulated:
         ratio: to plain decoding.
         accepted_length: tokens a request gets a step.
         rows: of a request in a step.
-        width: that the ladder names for this concurrency.
+        width: for this concurrency, at the end.
     """
 
     tokens_per_second: float
@@ -52,18 +53,18 @@ def simulate(
     padded: bool = False,
     num_walks: int = 20_000,
     seed: int = 0,
+    policy: WidthPolicy | None = None,
 ) -> Simulated:
     """Serve answers drawn at random until about `num_walks` blocks were walked.
 
     `padded`: blocks always have R rows, as on a GPU. Every answer joins at a random place of its own.
+    With `policy` widths follow what it sees of the load, else the ladder's table; it starts at second 0.
     """
     rng = np.random.default_rng(seed)
     answers = [trace.tolist() for trace in traces if len(trace) > 1]
-    width = int(ladder.lookup(concurrency)[concurrency])
-    templates = [ladder.templates[w] for w in ladder.widths]
-    walker = TreeWalker(*templates)
-    template = ladder.widths.index(width) if width != PLAIN_WIDTH else -1
+    walker = TreeWalker(*(ladder.templates[w] for w in ladder.widths))
     num_rows = walker.table.num_rows.tolist()
+    table = ladder.lookup(concurrency).tolist()
 
     def join(from_start: bool) -> tuple[list[list[int]], int, Sources]:
         answer = answers[rng.integers(len(answers))]
@@ -72,26 +73,33 @@ def simulate(
     flight = [join(from_start=False) for _ in range(concurrency)]
     num_steps = max(10, num_walks // concurrency)
     tokens = rows = 0
-    seconds = 0.0
+    now = 0.0
     for _ in range(num_steps):
-        step_rows = 0
+        width = (table if policy is None else policy.lookup)[concurrency]
+        step_rows = concurrency
+        lines: list[int] = []
+        last_nodes: list[int] = []
         for i, (answer, root, sources) in enumerate(flight):
-            if template < 0:
-                emitted, after = 1, sources
-                step_rows += 1
-            else:
-                step_rows += width + 1 if padded else num_rows[walker.line(sources, template)]
-                emitted, after = walker.step(answer, root, sources, template)
+            emitted: int = 1
+            after: Sources = []
+            if width != PLAIN_WIDTH:
+                step = walker.step(answer, root, sources, ladder.widths.index(width))
+                lines.append(step.line)
+                last_nodes.append(step.last_node)
+                emitted, after = step.emitted, step.sources
+                step_rows += width if padded else num_rows[step.line] - 1
             tokens += emitted
             root += emitted
             flight[i] = (answer, root, after) if root < len(answer) - 1 else join(from_start=True)
         rows += step_rows
-        seconds += cost.seconds(concurrency, step_rows, context)
+        seconds = cost.seconds(concurrency, step_rows, context)
+        now += seconds
+        if policy is not None:
+            policy.saw_step(lines, last_nodes, concurrency, seconds)
+            policy.review(now)
     plain = concurrency / cost.seconds(concurrency, concurrency, context)
     walks = num_steps * concurrency
-    return Simulated(
-        tokens / seconds, tokens / seconds / plain, tokens / walks, rows / walks, width
-    )
+    return Simulated(tokens / now, tokens / now / plain, tokens / walks, rows / walks, width)
 
 
 def synthetic_traces(

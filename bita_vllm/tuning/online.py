@@ -1,0 +1,265 @@
+"""Rows by load while serving: the ladder's table follows the acceptance and the cost that are seen.
+
+The ladder says what was expected; every step that serves says what came. Both are kept as counts that
+fade, and now and then, off the hot path, the table is derived anew from what they come to. Evidence that is no
+longer renewed fades back to what the ladder expects, so a width that lost is tried again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bita_vllm.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
+from bita_vllm.tree import TemplateTable
+from bita_vllm.tree_search import Draft, evaluate, padded_drafts
+from bita_vllm.tuning.choose import MIN_GAIN, PLAIN, fastest, step_seconds
+from bita_vllm.tuning.cost import MeasuredCost, StepCost
+from bita_vllm.tuning.process import reach_by_depths
+
+if TYPE_CHECKING:
+    from bita_vllm.tree import Template
+
+REVIEW_SECONDS = 10.0
+FADE = 0.9  # of all counts, at each review: half is left after a minute
+# Hits, and steps, that the expectation counts as beside what is seen.
+PRIOR_HITS = 30.0
+PRIOR_STEPS = 4.0
+SUSPICIOUS = (
+    0.1  # blocks that cost so much more or less than expected: is it the rows, or the machine?
+)
+PROBE_STEPS = 16  # of plain decoding, to tell the two apart
+LONGEST = 3.0  # times the mean: a step that took longer says nothing about its width
+MIN_SEEN = 8  # steps before that holds
+
+
+class Acceptance:
+    """Where walks stopped, against where they were expected to.
+
+    The expectation is the adapter's statistics. What is learnt is a factor on them, by depth and rank: seen hits
+    over expected ones, drawn towards the factor of the depth, and that towards 1.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[Template],
+        # [ages, 2, k, ranks]
+        expected: np.ndarray,
+    ) -> None:
+        self.expected = expected
+        table = TemplateTable(*templates)
+        num_nodes = table.max_nodes
+        self._stops = np.zeros((len(table.num_nodes), num_nodes))  # blocks by line and last node
+        self._parent = table.parent[:, :num_nodes]
+        is_draft = np.arange(num_nodes) < table.num_nodes[:, None]
+        is_draft[:, 0] = False
+        self._line, self._node = np.nonzero(is_draft)
+        self._depth = table.depth[self._line, self._node] - 1  # of the prediction: 0 is the first
+        self._rank = table.rank[self._line, self._node]
+        self._chance = self._expected_chance(templates, table)
+
+    def _expected_chance(self, templates: Sequence[Template], table: TemplateTable) -> np.ndarray:
+        """`[drafts]` P(the node is accepted | its parent was, the line)."""
+        reach = np.full(self._stops.shape, np.nan)
+        for template, first in zip(templates, table.first_line.tolist(), strict=True):
+            # Node rows keep their order in a restricted template, but not their numbers.
+            draft = padded_drafts([Draft.of(template)], template.num_nodes)
+            whole = reach_by_depths(draft, self.expected)[0]
+            for depths in range(template.max_depth + 1):
+                kept = np.flatnonzero(template.depth[: template.num_nodes] <= depths)
+                reach[first + depths, : len(kept)] = whole[depths, kept]
+        parent = reach[self._line, self._parent[self._line, self._node]]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return reach[self._line, self._node] / parent
+
+    def add(self, lines: Sequence[int], last_nodes: Sequence[int]) -> None:
+        """Blocks of a step: line of the template table (-1 for none), row where the walk stopped."""
+        line, node = np.asarray(lines), np.asarray(last_nodes)
+        np.add.at(self._stops, (line[line >= 0], node[line >= 0]), 1.0)
+
+    def fade(self) -> None:
+        """Older evidence counts less."""
+        self._stops *= FADE
+
+    def estimate(self) -> np.ndarray:
+        """`[ages, 2, k, ranks]` acceptance as it is now."""
+        visits = self._stops.copy()
+        every_line = np.arange(len(visits))
+        for node in range(visits.shape[1] - 1, 0, -1):
+            parent = self._parent[:, node]
+            visits[every_line, np.maximum(parent, 0)] += np.where(parent >= 0, visits[:, node], 0.0)
+        tried = visits[self._line, self._parent[self._line, self._node]]
+        known = np.isfinite(self._chance) & (tried > 0)
+        place = self._depth[known], self._rank[known]
+        shape = self.expected.shape[2], int(self._rank.max()) + 1
+        hits, expected = np.zeros(shape), np.zeros(shape)
+        np.add.at(hits, place, visits[self._line, self._node][known])
+        np.add.at(expected, place, (tried * self._chance)[known])
+        of_depth = (hits.sum(axis=1) + PRIOR_HITS) / (expected.sum(axis=1) + PRIOR_HITS)
+        factor = np.repeat(of_depth[:, None], self.expected.shape[3], axis=1)  # [k, ranks]
+        factor[:, : shape[1]] = (hits + PRIOR_HITS * of_depth[:, None]) / (expected + PRIOR_HITS)
+        found = self.expected.copy()
+        for age in range(found.shape[0]):
+            for mask in range(age, found.shape[2]):
+                found[age, :, mask] *= factor[mask - age]
+        return found / np.maximum(found.sum(axis=-1, keepdims=True), 1.0)
+
+
+class Cost:
+    """What steps took, by width and batch size, against what the ladder's measurements say.
+
+    What is learnt is a factor by width. One that was not seen has the factor of all that were.
+    """
+
+    def __init__(
+        self,
+        # [T+1, N] expected seconds, by template, plain decoding last, and batch size from 1 up
+        expected: np.ndarray,
+    ) -> None:
+        self.expected = expected
+        self._steps = np.zeros(expected.shape)
+        self._seconds = np.zeros(expected.shape)
+
+    def add(self, template: int, num_requests: int, seconds: float) -> None:
+        """A step of nothing but such blocks; `template` PLAIN for plain decoding."""
+        cell = template, num_requests - 1
+        seen = self._steps[cell]
+        if seen < MIN_SEEN or seconds * seen < LONGEST * self._seconds[cell]:
+            self._steps[cell] += 1
+            self._seconds[cell] += seconds
+
+    def fade(self) -> None:
+        """Older evidence counts less."""
+        self._steps *= FADE
+        self._seconds *= FADE
+
+    def seen(self, template: int) -> float:
+        """Steps that count, over all batch sizes."""
+        return float(self._steps[template].sum())
+
+    def factors(self) -> np.ndarray:
+        """`[T+1]` seen over expected seconds, by template, plain decoding last."""
+        seen, expected = self._seconds, self._steps * self.expected
+        usual = self.expected.mean(axis=1)  # weight of the prior in seconds
+        prior = PRIOR_STEPS * usual
+        overall = (seen.sum() + prior.mean()) / (expected.sum() + prior.mean())
+        return (seen.sum(axis=1) + prior * overall) / (expected.sum(axis=1) + prior)
+
+
+class WidthPolicy:
+    """The table from batch size to width, as it is best now.
+
+    Where blocks take longer than expected and no plain step was seen of late, a few plain steps are put in
+    between: only they tell rows that cost more from a machine that is slower at everything.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        # [ages, 2, k, ranks]
+        acceptance: np.ndarray,
+        cost: StepCost,
+        max_num_seqs: int,
+        *,
+        padded: bool = False,
+        context: float = 512.0,
+        now: float | None = None,
+    ) -> None:
+        """
+        Args:
+            ladder: templates, and the table to start with. Widths that it does not name are not used.
+            acceptance: the adapter's statistics.
+            cost: that the ladder was chosen by.
+            padded: blocks always have R rows (GPU).
+            now: seconds on a clock of one's own (the simulator's), otherwise this machine's.
+        """
+        templates = [ladder.templates[width] for width in ladder.widths]
+        self._widths = [*ladder.widths, PLAIN_WIDTH]  # by template, PLAIN last
+        named = {width for *_, width in ladder.batch_sizes}
+        self._usable = np.array([width in named for width in ladder.widths])
+        self._plain_is_usable = PLAIN_WIDTH in named or not padded
+        self._drafts = [Draft.of(template) for template in templates]
+        self._table: list[int] = ladder.lookup(max_num_seqs).tolist()
+        self._no_drafts = [PLAIN_WIDTH] * len(self._table)
+        self._probe = 0  # plain steps still to see
+        run = evaluate(self._drafts, acceptance)
+        rows = np.array([t.num_rows for t in templates]) if padded else run.rows
+        sizes = range(1, max_num_seqs + 1)
+        self.acceptance = Acceptance(templates, acceptance)
+        self.cost = Cost(np.vstack(step_seconds(cost, rows, sizes, context)))
+        depths = TemplateTable(*templates).max_depths + 1
+        self._template_of_line = np.repeat(np.arange(len(templates)), depths)
+        self._reviewed = time.monotonic() if now is None else now
+
+    @property
+    def lookup(self) -> list[int]:
+        """`[max_num_seqs + 1]` width by number of requests in a step."""
+        return self._no_drafts if self._probe else self._table
+
+    def describe(self) -> str:
+        """For logs: rows by batch size."""
+        return describe_ranges(ranges_of(self._table[1:]))
+
+    def saw_step(
+        self,
+        lines: Sequence[int],
+        last_nodes: Sequence[int],
+        num_requests: int,
+        seconds: float | None,
+    ) -> None:
+        """One step: its blocks (none in plain decoding), and what it took, None if it did other work too."""
+        template = PLAIN
+        if len(lines):
+            self.acceptance.add(lines, last_nodes)
+            used = {int(self._template_of_line[line]) if line >= 0 else PLAIN for line in lines}
+            if len(used) > 1:
+                return
+            (template,) = used
+        if seconds is not None:
+            self.cost.add(template, num_requests, seconds)
+        if template == PLAIN and self._probe:
+            self._probe -= 1
+
+    def review(self, now: float | None = None) -> bool:
+        """Derive the table anew if it is time; whether it changed."""
+        now = time.monotonic() if now is None else now
+        if now - self._reviewed < REVIEW_SECONDS:
+            return False
+        self._reviewed = now
+        lengths = evaluate(self._drafts, self.acceptance.estimate()).accepted_length
+        factors = self.cost.factors()
+        seconds = self.cost.expected * factors[:, None]
+        self.acceptance.fade()
+        self.cost.fade()
+        if self._plain_is_usable and self.cost.seen(PLAIN) < MIN_SEEN:
+            suspect = np.abs(np.log(factors)).max() > SUSPICIOUS
+            self._probe = PROBE_STEPS if suspect else 0
+        return self._choose(lengths, seconds[:-1], seconds[-1])
+
+    def _choose(self, lengths: np.ndarray, seconds: np.ndarray, plain: np.ndarray) -> bool:
+        lengths = np.where(self._usable, lengths, 0.0)
+        min_gain = MIN_GAIN if self._plain_is_usable else -1.0
+        best, gain = fastest(lengths, seconds, plain, min_gain)
+        gains = np.vstack([lengths[:, None] * plain / seconds, np.ones_like(plain)])
+        current = np.array([self._widths.index(width) for width in self._table[1:]])
+        kept = gains[current, np.arange(len(current))]
+        change = (best != current) & (gain > kept * (1 + MIN_GAIN))
+        # Plain decoding takes over as soon as blocks lose.
+        change |= (best == PLAIN) & (kept < 1.0)
+        for i in np.flatnonzero(change).tolist():
+            self._table[i + 1] = self._widths[int(best[i])]
+        return bool(change.any())
+
+
+def policy_of(
+    ladder: Ladder, acceptance: np.ndarray, max_num_seqs: int, padded: bool
+) -> WidthPolicy | None:
+    """For a ladder of several widths that knows what its steps cost; None for any other: it stays as it is."""
+    points: Any = ladder.provenance.get("step_seconds")
+    if ladder.is_fixed or not points:
+        return None
+    cost = MeasuredCost([tuple(point) for point in points])
+    return WidthPolicy(ladder, acceptance, cost, max_num_seqs, padded=padded)
