@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, Requests, differences, engine, make_adapter, run
+from e2e.engines import (
+    ON_GPU_RUNNER,
+    Requests,
+    differences,
+    engine,
+    generate,
+    make_adapter,
+    run,
+)
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 
@@ -95,3 +103,26 @@ def test_a_ramp_through_all_widths_returns_plain_vllms_tokens(tiny_model, tmp_pa
         t: max(len(s.tokens) for s, u in zip(steps, order, strict=True) if u == t) for t in range(3)
     }
     assert longest == {0: 2, 1: 4, 2: 4}, "walks go to the end of every tree"
+
+
+def test_widths_follow_what_is_accepted(tiny_model, tmp_path, monkeypatch):
+    """A ladder that promises much beside drafts that are never right: plain decoding soon, the tokens the same."""
+    model = tiny_model("llama", vocab_size=VOCAB_SIZE)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    free_rows = {"step_seconds": [[n, rows, 0.01] for n in (1, 8) for rows in (1, 28)]}
+    widths = dict(zip(WIDTHS, TEMPLATES, strict=True))
+    Ladder(widths, [(1, 8, WIDTHS[2]), (9, 9, 0)], free_rows).save(adapter / LADDER_FILE)
+    monkeypatch.setattr("bita_vllm.tuning.online.REVIEW_SECONDS", 0.5)
+    requests = [
+        (prompt, SamplingParams(temperature=0, max_tokens=250, ignore_eos=True))
+        for prompt, _ in make_requests()[:4]
+    ]
+    plain = run(model, requests)
+    with recorded_steps() as steps, engine(model, {"model": str(adapter)}) as llm:
+        outputs = [o.outputs[0].token_ids for o in generate(llm, requests)]
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert scheduler.dynamic_sd_lookup[4] == 0
+    assert outputs == [o.outputs[0].token_ids for o in plain]
+    has_block = np.array([step.line >= 0 for step in steps])
+    assert has_block[: len(steps) // 20].any()
+    assert not has_block[-len(steps) // 4 :].any()
