@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
@@ -27,10 +26,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
-from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.ladder import Ladder
 from bita_vllm.machine import cpu_name
-from bita_vllm.tree import MAX_ROWS, Template
-from bita_vllm.tree_search import best_template
+from bita_vllm.row_options import ConfigError, choose_ladder
+from bita_vllm.tree import Template
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,16 +39,11 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.bita")
 
 METHOD = "bita"
-AUTO = "auto"
 CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
 GPU_WORKER_CLS = "bita_vllm.runner.gpu.BitaGPUWorker"
 SCHEDULER_CLS = "bita_vllm.scheduler.BitaScheduler"
 ASYNC_SCHEDULER_CLS = "bita_vllm.scheduler.BitaAsyncScheduler"
 OPTIONS = ("method", "model", "num_speculative_tokens", "tree", "ladder")
-
-
-class ConfigError(ValueError):
-    """A run that cannot use bita as asked; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,7 @@ def build_speculative_config(
     # All of it, not only its config: a bad adapter is refused before any worker starts.
     adapter = Adapter.load(adapter_dir, shape)
 
-    tree, ladder = _choose_ladder(options, adapter_config)
+    tree, ladder = choose_ladder(options, adapter_config, device_name())
     settings = BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,
@@ -232,83 +226,14 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
             )
 
 
-def _choose_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Ladder]:
-    """The tree as given, and the ladder: given, the adapter's own, or one template for every batch size."""
-    given = options.get("ladder")
-    budget, tree = options.get("num_speculative_tokens", AUTO), options.get("tree", AUTO)
-    fixed = budget not in (AUTO, None) or tree != AUTO
-    if given is not None and fixed:
-        raise ConfigError(
-            f"Speculative option 'ladder' is {given!r}, which has a step block for every batch size, but "
-            "num_speculative_tokens or tree is given too; leave these out, or leave the ladder out."
-        )
-    if given is not None and (not isinstance(given, str) or not Path(given).exists()):
-        raise ConfigError(
-            f"Speculative option 'ladder' is {given!r}; expected the path of a file made by 'bita tune'."
-        )
-    beside = None if adapter.path is None else adapter.path / LADDER_FILE
-    if given is None and not fixed and beside is not None and beside.is_file():
-        given = str(beside)
-    if given is not None:
-        return AUTO, _load_ladder(given, adapter)
-    tree, template = _choose_template(options, adapter)
-    return tree, Ladder.fixed(template)
-
-
-def _load_ladder(path: str, adapter: AdapterConfig) -> Ladder:
-    """The ladder, fit for the adapter; a warning if it was made on another machine."""
-    ladder = Ladder.load(path)
-    ladder.check(adapter.num_mask_tokens)
-    made_on = ladder.provenance.get("device")
-    if made_on is not None and made_on != cpu_name():
-        logger.warning(
-            "bita: the ladder %s was made on another machine (%s; this is %s), where rows may cost "
-            "more or less; make one here with 'bita tune'.",
-            path,
-            made_on,
-            cpu_name(),
-        )
-    return ladder
-
-
-def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:
-    """The tree as given, and the template: explicit, or the best one within the row budget."""
-    budget = options.get("num_speculative_tokens")
-    budget = None if budget == AUTO else budget
-    if budget is not None and (type(budget) is not int or not 2 <= budget < MAX_ROWS):
-        raise ConfigError(
-            f"num_speculative_tokens is {budget!r}; with method 'bita' it is 'auto' or the row budget less "
-            f"one, a whole number from 2 to {MAX_ROWS - 1}."
-        )
-    tree = options.get("tree", AUTO)
-    if type(tree) is int:  # --speculative-config.tree 4 arrives as a number
-        tree = str(tree)
-    if not isinstance(tree, str) or not tree.strip():
-        raise ConfigError(
-            f"Speculative option 'tree' is {tree!r}; expected 'auto', widths such as '5,4,3', "
-            "or the path of a template file."
-        )
-    if tree == AUTO:
-        num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
-        return tree, best_template(num_rows, adapter.num_mask_tokens, adapter.acceptance)
-
-    template = Template.from_text(tree, adapter.num_mask_tokens)
-    if template is None:
-        raise ConfigError(
-            f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths such as '5,4,3', "
-            "nor an existing template file."
-        )
-    if budget is not None and budget < template.num_rows - 1:
-        raise ConfigError(
-            f"num_speculative_tokens is {budget}, but tree {tree!r} needs {template.num_rows - 1} "
-            "(its rows less the root); raise it, leave it out, or give a smaller tree."
-        )
-    return tree, template
-
-
 def on_gpu() -> bool:
     """Whether this process serves on vLLM's V2 runner: on a CUDA GPU."""
     return current_platform.is_cuda()
+
+
+def device_name() -> str:
+    """What steps run on here: the GPU, or the CPU."""
+    return current_platform.get_device_name() if on_gpu() else cpu_name()
 
 
 def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:

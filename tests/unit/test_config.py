@@ -1,7 +1,6 @@
 """Options of the method: what they become, and that every wrong one is refused in one sentence."""
 
 import copy
-import dataclasses
 import json
 import pickle
 import shutil
@@ -17,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from bita_vllm import config as bita_config
-from bita_vllm import plugin
+from bita_vllm import plugin, row_options
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.config import get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
@@ -133,14 +132,24 @@ def test_ladder_beside_the_adapter_is_the_default(make, adapter, ladder, tmp_pat
     assert len(get_settings(make({"model": str(copied), "tree": "2,1"})).templates) == 1
 
 
-def test_ladder_of_another_machine_is_pointed_out(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "says"), [("a large machine", "another machine"), (cpu_name(), "")]
+)
+def test_ladder_of_another_machine(make, adapter, tmp_path, monkeypatch, device, says):
+    """Named, it is used; beside the adapter it is not. Both times the user hears of it."""
     warnings = []
-    monkeypatch.setattr(bita_config.logger, "warning", lambda *args: warnings.append(args))
-    for device in ("a large machine", cpu_name()):
-        ladder = Ladder(Ladder.fixed(Template.from_widths([1], 1)).templates, [(1, 1, 3)])
-        dataclasses.replace(ladder, provenance={"device": device}).save(tmp_path / "ladder.json")
-        make({"ladder": str(tmp_path / "ladder.json")})
-    assert ["a large machine" in warning for warning in warnings] == [True]
+    monkeypatch.setattr(row_options.logger, "warning", lambda *args: warnings.append(args[0]))
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    templates = Ladder.fixed(Template.from_widths([1], 1)).templates
+    ladder = Ladder(templates, [(1, 1, 3), (2, 2, 0)], {"device": device})
+    ladder.save(copied / LADDER_FILE)
+    beside = get_settings(make({"model": str(copied)})).ladder
+    named = get_settings(make({"ladder": str(copied / LADDER_FILE)})).ladder
+    assert named.batch_sizes == ladder.batch_sizes
+    assert (beside.batch_sizes == ladder.batch_sizes) is (not says)
+    assert len(warnings) == (2 if says else 0)
+    assert all(says in warning for warning in warnings)
 
 
 def test_on_a_gpu_vllm_itself_follows_the_table(make, ladder, monkeypatch):

@@ -1,0 +1,118 @@
+"""Which step blocks a run uses: the user's options about rows, the ladder beside the adapter, the default tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+
+from bita_vllm.adapter import AdapterConfig
+from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree import MAX_ROWS, Template
+from bita_vllm.tree_search import best_template
+
+logger = init_logger("vllm.bita")
+
+AUTO = "auto"
+
+
+class ConfigError(ValueError):
+    """A run that cannot use bita as asked; the message is one sentence for the user."""
+
+
+def choose_ladder(
+    options: Mapping[str, Any], adapter: AdapterConfig, device: str
+) -> tuple[str, Ladder]:
+    """The tree as given, and the ladder: given, the adapter's own, or one template for every batch size.
+
+    `device` names the machine. Raises ConfigError, LadderError or TemplateError.
+    """
+    given = options.get("ladder")
+    budget, tree = options.get("num_speculative_tokens", AUTO), options.get("tree", AUTO)
+    fixed = budget not in (AUTO, None) or tree != AUTO
+    if given is not None and fixed:
+        raise ConfigError(
+            f"Speculative option 'ladder' is {given!r}, which has a step block for every batch size, but "
+            "num_speculative_tokens or tree is given too; leave these out, or leave the ladder out."
+        )
+    if given is not None and (not isinstance(given, str) or not Path(given).exists()):
+        raise ConfigError(
+            f"Speculative option 'ladder' is {given!r}; expected the path of a file made by 'bita tune'."
+        )
+    if given is not None:
+        return AUTO, _load_ladder(given, adapter, device)
+    if not fixed and (ladder := _ladder_beside(adapter, device)) is not None:
+        return AUTO, ladder
+    tree, template = _choose_template(options, adapter)
+    return tree, Ladder.fixed(template)
+
+
+def _ladder_beside(adapter: AdapterConfig, device: str) -> Ladder | None:
+    """The adapter's own ladder, unless it was made on another machine: what is best there may lose here."""
+    path = None if adapter.path is None else adapter.path / LADDER_FILE
+    if path is None or not path.is_file():
+        return None
+    made_on = Ladder.load(path).provenance.get("device")
+    if made_on in (None, device):
+        return _load_ladder(path, adapter, device)
+    logger.warning(
+        "bita: the ladder beside the adapter, %s, was made on another machine (%s; this is %s), so it is not used; "
+        "make one here with 'bita tune', or name it as 'ladder' in the speculative config.",
+        path,
+        made_on,
+        device,
+    )
+    return None
+
+
+def _load_ladder(path: str | Path, adapter: AdapterConfig, device: str) -> Ladder:
+    """The ladder, fit for the adapter; a warning if it was made on another machine."""
+    ladder = Ladder.load(path)
+    ladder.check(adapter.num_mask_tokens)
+    made_on = ladder.provenance.get("device")
+    if made_on not in (None, device):
+        logger.warning(
+            "bita: the ladder %s was made on another machine (%s; this is %s), where rows may cost "
+            "more or less; make one here with 'bita tune'.",
+            path,
+            made_on,
+            device,
+        )
+    return ladder
+
+
+def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:
+    """The tree as given, and the template: explicit, or the best one within the row budget."""
+    budget = options.get("num_speculative_tokens")
+    budget = None if budget == AUTO else budget
+    if budget is not None and (type(budget) is not int or not 2 <= budget < MAX_ROWS):
+        raise ConfigError(
+            f"num_speculative_tokens is {budget!r}; with method 'bita' it is 'auto' or the row budget less "
+            f"one, a whole number from 2 to {MAX_ROWS - 1}."
+        )
+    tree = options.get("tree", AUTO)
+    if type(tree) is int:  # --speculative-config.tree 4 arrives as a number
+        tree = str(tree)
+    if not isinstance(tree, str) or not tree.strip():
+        raise ConfigError(
+            f"Speculative option 'tree' is {tree!r}; expected 'auto', widths such as '5,4,3', "
+            "or the path of a template file."
+        )
+    if tree == AUTO:
+        num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
+        return tree, best_template(num_rows, adapter.num_mask_tokens, adapter.acceptance)
+
+    template = Template.from_text(tree, adapter.num_mask_tokens)
+    if template is None:
+        raise ConfigError(
+            f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths such as '5,4,3', "
+            "nor an existing template file."
+        )
+    if budget is not None and budget < template.num_rows - 1:
+        raise ConfigError(
+            f"num_speculative_tokens is {budget}, but tree {tree!r} needs {template.num_rows - 1} "
+            "(its rows less the root); raise it, leave it out, or give a smaller tree."
+        )
+    return tree, template
