@@ -43,22 +43,25 @@ ROW_COST_ROWS = (4, 8, 12, 16, 24, 32)
 
 @dataclass(frozen=True)
 class Arm:
-    """One engine: plain vLLM (no tree), or BiTA with a tree and perhaps a row budget."""
+    """One engine: plain vLLM (no tree), or BiTA with an adapter, a tree and perhaps a row budget."""
 
     name: str
+    adapter: str = ""
     tree: str = ""
     row_budget: int | None = None
 
     @classmethod
-    def bita(cls, spec: str) -> "Arm":
-        """'auto', 'auto:16' (at most 16 rows), '5,4,3' or a template file."""
+    def bita(cls, spec: str, adapter: str, named: bool) -> "Arm":
+        """'auto', 'auto:16' (at most 16 rows), '5,4,3' or a template file; the adapter in the name or not."""
         tree, _, rows = spec.partition(":")
-        return cls(f"bita {spec}", tree, int(rows) if rows else None)
+        path = str(Path(adapter).resolve()) if Path(adapter).exists() else adapter
+        name = f"bita {spec} {Path(path).name}" if named else f"bita {spec}"
+        return cls(name, path, tree, int(rows) if rows else None)
 
-    def speculative_config(self, adapter: str) -> dict[str, Any] | None:
+    def speculative_config(self) -> dict[str, Any] | None:
         if not self.tree:
             return None
-        config: dict[str, Any] = {"method": "bita", "model": adapter, "tree": self.tree}
+        config: dict[str, Any] = {"method": "bita", "model": self.adapter, "tree": self.tree}
         if self.row_budget is not None:
             config["num_speculative_tokens"] = self.row_budget - 1
         return config
@@ -185,10 +188,10 @@ def peak_rss_mib() -> float:
 class Engine:
     """The parent's end of a worker."""
 
-    def __init__(self, arm: Arm, engine_args: dict[str, Any], adapter: str, logs: Path) -> None:
+    def __init__(self, arm: Arm, engine_args: dict[str, Any], logs: Path) -> None:
         self.arm = arm
         self.log = logs / f"{arm.name.replace(' ', '-').replace('/', '_')}.log"
-        args = {**engine_args, "speculative_config": arm.speculative_config(adapter)}
+        args = {**engine_args, "speculative_config": arm.speculative_config()}
         context = multiprocessing.get_context("spawn")
         self._conn, theirs = context.Pipe()
         # Not a daemon: the engine has processes of its own.
@@ -493,7 +496,8 @@ def parse_args() -> argparse.Namespace:
         "every row (seen: 16 rows at 14 times the cost of one), and float32 is "
         "plain vLLM's own best setting")  # fmt: skip
     add("--model", help="default: the embedded model, SmolLM2-135M-Instruct")
-    add("--adapter", default=str(ADAPTER), help="default: adapters/smollm2-135m-instruct")
+    add("--adapter", nargs="+", default=[str(ADAPTER)], help="one or several, each with every tree "
+        "(default: adapters/smollm2-135m-instruct)")  # fmt: skip
     add("--row-cost", action="store_true", help="measure ms per engine step as the step block "
         f"grows (--tree, default: auto of {', '.join(map(str, ROW_COST_ROWS))} rows)")  # fmt: skip
     add("--quick", action="store_true", help="about three minutes: "
@@ -508,7 +512,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--concurrency goes from 1 to {MAX_NUM_SEQS}, got {given.concurrency}")
     trees = (given.tree or []) + [f"auto:{rows}" for rows in given.rows or []]
     default = [f"auto:{rows}" for rows in ROW_COST_ROWS] if given.row_cost else ["auto"]
-    given.arms = [Arm.bita(tree) for tree in trees or default]
+    several = len(given.adapter) > 1
+    given.arms = [
+        Arm.bita(t, adapter, several) for adapter in given.adapter for t in trees or default
+    ]
     name = "cpu_row_cost.csv" if given.row_cost else "cpu_throughput.csv"
     given.out = (given.out or RESULTS / name).resolve()
     return given
@@ -529,7 +536,6 @@ def main() -> None:
             "preloads what is installed (libiomp5 from the venv; Debian: libtcmalloc-minimal4)."
         )
     model = args.model or str(embedded_model_dir())
-    adapter = str(Path(args.adapter).resolve()) if Path(args.adapter).exists() else args.adapter
     engine_args = {
         "model": model,
         "dtype": dtype,
@@ -543,7 +549,7 @@ def main() -> None:
     }
     facts = {
         "model": Path(model).name,
-        "adapter": Path(adapter).name,
+        "adapter": " ".join(Path(adapter).name for adapter in args.adapter),
         "dtype": dtype,
         **provenance(),
     }
@@ -553,7 +559,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cpu_throughput-") as logs:
 
         def start(arm: Arm) -> Engine:
-            engine = Engine(arm, engine_args, adapter, Path(logs))
+            engine = Engine(arm, engine_args, Path(logs))
             engines.append(engine)
             return engine
 
