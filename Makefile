@@ -5,6 +5,9 @@ ARGS ?=
 
 BIN := .venv/bin
 ADAPTER := adapters/smollm2-135m-instruct
+LADDER := .venv/ladder.json
+# As `bita tune` chooses: bfloat16 only where the CPU multiplies it fast.
+DTYPE = $$($(BIN)/python -c 'from bita_vllm.training.base_model import choose_dtype; print(choose_dtype("auto", "cpu"))')
 # Intel's OpenMP (from the venv) and, where the system has it, tcmalloc: what vLLM advises on a CPU.
 FAST := LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sbin" ldconfig -p | \
 	awk '/libtcmalloc_minimal\.so\.4 /{print $$NF; exit}') 2>/dev/null | paste -sd:)"
@@ -19,9 +22,15 @@ venv: .venv/dev.stamp
 model: .venv/cpu.stamp
 	$(BIN)/python -m bita_vllm.embedded
 
-serve: model
+serve: model $(LADDER)
 	$(FAST) $(BIN)/vllm serve "$$($(BIN)/python -m bita_vllm.embedded)" --served-model-name smollm2 \
-		--speculative-method bita --speculative-model $(ADAPTER) --max-model-len 2048 --port $(PORT) $(ARGS)
+		--speculative-config '{"method": "bita", "model": "$(ADAPTER)", "ladder": "$(LADDER)"}' \
+		--dtype "$(DTYPE)" --max-model-len 2048 --port $(PORT) $(ARGS)
+
+# Times steps on this machine, once: how many rows pay at which load, plain vLLM where none do.
+$(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
+	$(FAST) $(BIN)/bita tune $(ADAPTER) --model "$$($(BIN)/python -m bita_vllm.embedded)" \
+		--requests 1 4 16 --rows 4 8 16 --out $@
 
 # Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process.
 test: venv
