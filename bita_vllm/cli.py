@@ -7,10 +7,17 @@ import os
 from collections.abc import Sequence
 
 from bita_vllm import __version__, doctor
-from bita_vllm.training import data_command, eval_command, train_command
+from bita_vllm.training import data_command, eval_command, shrink_command, train_command
 from bita_vllm.tuning import tune_command
 
-SUBCOMMANDS = (data_command, train_command, eval_command, tune_command, doctor)
+SUBCOMMANDS = (
+    data_command,
+    train_command,
+    shrink_command,
+    eval_command,
+    tune_command,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
