@@ -191,7 +191,7 @@ def build_speculative_config(
     # All of it, not only its config: a bad adapter is refused before any worker starts.
     adapter = Adapter.load(adapter_dir, shape)
 
-    tree, ladder = _choose_ladder(options, adapter_config)
+    tree, ladder = asked_ladder(options, adapter_config)
     settings = BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,
@@ -232,7 +232,7 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
             )
 
 
-def _choose_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Ladder]:
+def asked_ladder(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Ladder]:
     """The tree as given, and the ladder: given, the adapter's own, or one template for every batch size."""
     given = options.get("ladder")
     budget, tree = options.get("num_speculative_tokens", AUTO), options.get("tree", AUTO)
