@@ -101,6 +101,7 @@ def figures(arm: Arm, concurrency: int, result: dict[str, Any]) -> dict[str, Any
         result.get("spec_decode_accepted_tokens", 0),
         result.get("spec_decode_draft_tokens", 0),
     )
+    decoded = result["total_output_tokens"] > result["completed"]
     rows = bita_rows(arm, concurrency)  # its metrics count depths, not rows
     return {
         "prompts": result["completed"],
@@ -108,9 +109,9 @@ def figures(arm: Arm, concurrency: int, result: dict[str, Any]) -> dict[str, Any
         "output_tokens": result["total_output_tokens"],
         "seconds": result["duration"],
         "tokens_per_s": result["output_throughput"],
+        **{f"ttft_{p}_ms": float(result[f"{p}_ttft_ms"]) for p in ("p50", "p99")},
         **{
-            f"{name}_{p}_ms": float(result[f"{p}_{name}_ms"])
-            for name, p in product(("ttft", "tpot"), ("p50", "p99"))
+            f"tpot_{p}_ms": float(result[f"{p}_tpot_ms"]) if decoded else "" for p in ("p50", "p99")
         },
         "accepted_length": accepted_length,
         "rows": verified_rows if rows is None else rows,

@@ -1,7 +1,6 @@
 """Requests for `serving.py`: local files only, as vLLM's own `SampleRequest`.
 
-Prompts are token ids (chat template applied where the tokenizer has one), except ShareGPT's, which
-come as text from vLLM's class.
+Prompts are token ids, as one user turn where the tokenizer has a chat template.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import gzip
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +98,8 @@ def long_context(length: int, tokenizer: Any) -> list[str]:
 def sharegpt(
     count: int, repeat: int, tokenizer: Any, args: argparse.Namespace
 ) -> list[SampleRequest]:
-    """vLLM's class: first turns as text, answers as long as the file's, at most --max-tokens."""
-    from vllm.benchmarks.datasets import ShareGPTDataset
+    """First turns, chosen by vLLM's class; answers at most as long as the file's, and as --max-tokens."""
+    from vllm.benchmarks.datasets import SampleRequest, ShareGPTDataset
 
     if args.dataset_path is None:
         raise DatasetError(
@@ -109,15 +107,18 @@ def sharegpt(
             '([{"conversations": [{"from": ..., "value": ...}, ...]}, ...]).'
         )
     dataset = ShareGPTDataset(dataset_path=str(args.dataset_path), random_seed=repeat)
-    samples = dataset.sample(tokenizer, count)
+    samples = dataset.sample(tokenizer, count, no_oversample=True)
     if not samples:
         raise DatasetError(
             f"{args.dataset_path} has no conversation of two turns within vLLM's limits (prompt of 4 to 1024 "
             "tokens, answer of at least 4, together at most 2048); give another file."
         )
-    return [
-        replace(s, expected_output_len=min(s.expected_output_len, args.max_tokens)) for s in samples
-    ]
+    requests = []
+    for sample in rotate(samples, 0, count):
+        ids = as_chat(sample.prompt, tokenizer)
+        limit = min(sample.expected_output_len, args.max_tokens)
+        requests.append(SampleRequest(ids, len(ids), limit))
+    return requests
 
 
 def as_chat(text: str, tokenizer: Any) -> list[int]:

@@ -36,8 +36,8 @@ class Point:
     ratio_interval: Interval | None
     ttft_p50_ms: float
     ttft_p99_ms: float
-    tpot_p50_ms: float
-    tpot_p99_ms: float
+    tpot_p50_ms: float | None  # None: no answer of more than one token
+    tpot_p99_ms: float | None
     accepted_length: float | None
     rows: float | None
     different: int  # answers that are not plain vLLM's, over all repeats
@@ -113,7 +113,7 @@ def summarise(rows: Sequence[Row]) -> list[Point]:
                 ratio=_median(ratios),
                 ratio_interval=interval(ratios),
                 **{
-                    name: statistics.median(row[name] for row in group)
+                    name: _median(row[name] for row in group)
                     for name in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
                 },
                 accepted_length=_median(row["accepted_length"] for row in group),
@@ -217,7 +217,7 @@ def _table(points: Sequence[Point]) -> list[str]:
             f"{p.tokens_per_s:.1f}",
             ratio,
             f"{p.ttft_p50_ms:.0f} / {p.ttft_p99_ms:.0f}",
-            f"{p.tpot_p50_ms:.1f} / {p.tpot_p99_ms:.1f}",
+            "" if p.tpot_p50_ms is None else f"{p.tpot_p50_ms:.1f} / {p.tpot_p99_ms:.1f}",
             "" if p.accepted_length is None else f"{p.accepted_length:.2f}",
             "" if p.rows is None else f"{p.rows:.1f}".removesuffix(".0"),
             f"{p.different} of {p.answers}" if p.answers else "",
@@ -258,7 +258,11 @@ def plot_frontier(path: Path, points: Sequence[Point]) -> None:
     with _panels(path, points) as panels:
         for axes, dataset in panels:
             for color, arm in enumerate(arm_order(points)):
-                series = [p for p in points if (p.dataset, p.arm) == (dataset, arm)]
+                series = [
+                    p
+                    for p in points
+                    if (p.dataset, p.arm) == (dataset, arm) and p.tpot_p50_ms is not None
+                ]
                 x, y = [p.tpot_p50_ms for p in series], [p.tokens_per_s for p in series]
                 axes.plot(x, y, marker="o", label=arm, color=f"C{color}")
                 for p in series:

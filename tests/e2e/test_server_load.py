@@ -141,15 +141,15 @@ async def ramp(server: Server, prompts: list[list[int]]) -> tuple[list[Answer], 
     return answers, samples
 
 
-def median_depths(samples: list[Sample]) -> list[float | None]:
-    """By range of batch sizes: depth offered a draft, 0 for none; over pairs of samples within the range."""
+def depths_seen(samples: list[Sample]) -> list[int | None]:
+    """By range of batch sizes: median depth of a draft between two samples in the range; 0 without drafts."""
     seen: list[list[float]] = [[] for _ in LADDER.batch_sizes]
     for before, after in pairwise(samples):
         for depths, (first, last, _) in zip(seen, LADDER.batch_sizes, strict=True):
             if all(first <= sample.running <= last for sample in (before, after)):
                 drafts = after.drafts - before.drafts
                 depths.append((after.drafted - before.drafted) / drafts if drafts else 0.0)
-    return [statistics.median(depths) if depths else None for depths in seen]
+    return [round(statistics.median(depths)) if depths else None for depths in seen]
 
 
 def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
@@ -169,8 +169,8 @@ def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
     assert samples[peak].running == CLIENTS
     assert after.running == 0
     assert after.accepted > 0
-    assert [round(depth) for depth in median_depths(samples[: peak + 1])] == DEPTHS, "going up"
-    assert [round(depth) for depth in median_depths(samples[peak:])] == DEPTHS, "coming down"
+    assert depths_seen(samples[: peak + 1]) == DEPTHS, "going up"
+    assert depths_seen(samples[peak:]) == DEPTHS, "coming down"
 
     at_peak = [sample.time for sample in samples if sample.running == CLIENTS]
     gaps = [(end, end - begin) for answer in answers for begin, end in pairwise(answer.times)]
