@@ -84,6 +84,7 @@ def running_server(model: Path, name: str, flags: list[str], folder: Path) -> It
         yield server
     finally:
         if process.poll() is None:
+            started = started or server.processes()  # one that did not get healthy has children too
             process.terminate()
             try:
                 process.wait(STOP_TIMEOUT_S)
