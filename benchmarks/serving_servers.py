@@ -1,0 +1,174 @@
+"""Arms and servers of `serving.py`: a `vllm serve` process for each arm, loaded by `vllm bench serve`'s own code."""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serving_report import PLAIN
+
+START_TIMEOUT_S = 1200  # the first start of an arm compiles
+STOP_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One server's speculative config, as for `--speculative-config`; plain vLLM has none."""
+
+    name: str
+    config: dict[str, Any]
+
+
+def all_arms(adapter: str, ladder: str | None) -> list[Arm]:
+    bita = {"method": "bita", "model": adapter}
+    ngram = {"num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    return [
+        Arm(PLAIN, {}),
+        Arm("bita-52", {**bita, "tree": "5,4,3"}),
+        Arm("bita-chain", {**bita, "tree": "1,1,1"}),
+        Arm("bita-auto", {**bita, **({"ladder": ladder} if ladder else {})}),
+        Arm("ngram", {"method": "ngram", **ngram}),
+        # Prompts come again at every concurrency: answers of earlier ones must not be in its cache.
+        Arm("suffix", {"method": "suffix", "suffix_decoding_max_cached_requests": 0}),
+    ]
+
+
+ARM_NAMES = [arm.name for arm in all_arms("", None)]
+
+
+def bita_rows(arm: Arm, concurrency: int) -> int | None:
+    """Rows of a step block at that many requests, as serving chooses them; None for other methods."""
+    if arm.config.get("method") != "bita":
+        return None
+    from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
+    from bita_vllm.config import device_name
+    from bita_vllm.row_options import choose_ladder
+
+    adapter = AdapterConfig.load(resolve_adapter_dir(arm.config["model"]))
+    _, ladder = choose_ladder(arm.config, adapter, device_name())
+    return int(ladder.lookup(concurrency)[concurrency]) + 1
+
+
+class ServerError(RuntimeError):
+    """A server that did not start, or that a load failed on; with the end of its log."""
+
+
+class Server:
+    """A `vllm serve` process; its log is kept in a file."""
+
+    def __init__(self, arm: Arm, args: argparse.Namespace, logs: Path) -> None:
+        self.arm = arm
+        self.log = logs / f"{arm.name}.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", args.model]
+        command += ["--host", "127.0.0.1", "--port", str(port), *args.server_flags]
+        if arm.config:
+            command += ["--speculative-config", json.dumps(arm.config)]
+        with self.log.open("w") as out:
+            # In a session of its own, so that the engine's processes can be ended with it.
+            self._process = subprocess.Popen(
+                command, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def wait_until_healthy(self) -> None:
+        """Raises ServerError."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._is_healthy():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise self.error("did not start")
+            time.sleep(0.5)
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def error(self, what: str) -> ServerError:
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-12:])
+        return ServerError(f"arm {self.arm.name} {what}; the end of its log:\n{tail}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+class Servers:
+    """The servers that are up, by arm; one is loaded at a time."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Any, logs: Path) -> None:
+        self._args, self._tokenizer, self._logs = args, tokenizer, logs
+        self._up: dict[str, Server] = {}
+
+    def start(self, arm: Arm, warm_up: Sequence[Any]) -> None:
+        """Start the arm's server and warm it up, one request alone and then all. Raises ServerError."""
+        server = self._up[arm.name] = Server(arm, self._args, self._logs)
+        server.wait_until_healthy()
+        self.load(arm, warm_up[:1], 1)
+        self.load(arm, warm_up, len(warm_up))
+
+    def is_up(self, arm: Arm) -> bool:
+        return arm.name in self._up
+
+    def stop(self, *arms: Arm) -> None:
+        """Stop these arms' servers, or all."""
+        for name in [arm.name for arm in arms] or list(self._up):
+            self._up.pop(name).stop()
+
+    def load(self, arm: Arm, requests: Sequence[Any], concurrency: int) -> dict[str, Any]:
+        """`vllm bench serve`'s result; keys as in its JSON file. Raises ServerError."""
+        from vllm.benchmarks.serve import TaskType, benchmark
+
+        server = self._up[arm.name]
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = asyncio.run(
+                benchmark(
+                    task_type=TaskType.GENERATION,
+                    endpoint_type="openai",
+                    api_url=f"{server.url}/v1/completions",
+                    base_url=server.url,
+                    model_id=self._args.model,
+                    model_name=self._args.model,
+                    tokenizer=self._tokenizer,
+                    input_requests=list(requests),
+                    logprobs=None,
+                    request_rate=float("inf"),
+                    burstiness=1.0,
+                    disable_tqdm=True,
+                    num_warmups=0,
+                    profile=False,
+                    selected_percentile_metrics=["ttft", "tpot"],
+                    selected_percentiles=[50, 99],
+                    ignore_eos=False,
+                    goodput_config_dict={},
+                    max_concurrency=concurrency,
+                    lora_modules=None,
+                    extra_headers=None,
+                    extra_body={"temperature": 0.0},
+                    ready_check_timeout_sec=0,  # its test request would be in the metrics
+                )
+            )
+        if result["failed"]:
+            first = next(error for error in result["errors"] if error)
+            raise server.error(f"failed {result['failed']} requests ({first.strip()[-300:]})")
+        return result

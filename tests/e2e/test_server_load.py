@@ -1,0 +1,191 @@
+"""One client, then more up to 64, then fewer: a real server passes through every width of its ladder and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import SimpleNamespace
+
+import anyio
+import httpx
+import numpy as np
+import pytest
+from e2e.engines import NEAR_TIE, ON_GPU_RUNNER, differences, engine, make_adapter, run
+from e2e.servers import Server, parse_metrics, running_server
+from vllm import SamplingParams
+
+from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree import Template
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ON_GPU_RUNNER, reason="a server process of its own, on the CPU runner"),
+]
+
+VOCAB_SIZE = 64
+CLIENTS = 64
+# Every width drafts to a depth of its own, which the server's metrics tell: that is how it is seen.
+DEPTH_3 = Template.from_widths([3, 2, 1], 3)
+DEPTH_2 = Template.from_widths([3, 2], 2)
+DEPTH_1 = Template.from_widths([2], 1)
+LADDER = Ladder(
+    {template.num_rows - 1: template for template in (DEPTH_1, DEPTH_2, DEPTH_3)},
+    [
+        (1, 2, DEPTH_3.num_rows - 1),
+        (3, 8, DEPTH_2.num_rows - 1),
+        (9, 24, 0),
+        (25, CLIENTS, DEPTH_1.num_rows - 1),
+    ],
+)
+DEPTHS = [3, 2, 0, 1]  # by range of batch sizes
+PEAK_STEPS = 16
+SAMPLE_EVERY = 4  # steps
+# A step at a change of width costs what its rows cost, and no step has more of these than one at the peak:
+# 64 x 6 rows, against 8 x 18 and 2 x 28. Ten times a step at the peak is a stall, whatever the machine does.
+STALL = 10
+PAUSE = 2.0  # seconds that a busy machine may take away from any process
+
+
+def hold(clients: int) -> int:
+    """Chunks that the newest client has before the next one starts: enough steps at every width."""
+    return 12 if clients <= 2 else 4 if clients <= 8 else 2
+
+
+# Step at which each client starts; it ends as long after the peak as it started before.
+STARTS = np.cumsum([0, *(hold(clients) for clients in range(1, CLIENTS))]).tolist()
+LENGTHS = [2 * (STARTS[-1] - start) + PEAK_STEPS for start in STARTS]
+
+
+@dataclass
+class Answer:
+    """What one client got."""
+
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # request sent, then each chunk; seconds
+
+    @property
+    def chunks(self) -> int:
+        return len(self.times) - 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The server's metrics at one moment."""
+
+    time: float
+    running: int
+    drafts: int
+    drafted: int
+    accepted: int
+
+
+async def take_sample(client: httpx.AsyncClient) -> Sample:
+    now = time.perf_counter()
+    series = parse_metrics((await client.get("/metrics")).text)
+    names = ["num_requests_running"]
+    names += [f"spec_decode_num_{n}_total" for n in ("drafts", "draft_tokens", "accepted_tokens")]
+    return Sample(now, *(int(sum(value for _, value in series[f"vllm:{n}"])) for n in names))
+
+
+async def ask(
+    client: httpx.AsyncClient, prompt: list[int], length: int, answer: Answer, heard: Callable
+) -> None:
+    """Stream one answer; `heard` is called after every chunk."""
+    request = {"model": "tiny", "prompt": prompt, "max_tokens": length, "stream": True}
+    request |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    answer.times.append(time.perf_counter())
+    async with client.stream("POST", "/v1/completions", json=request) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line.removeprefix("data: "))["choices"][0]
+                answer.times.append(time.perf_counter())
+                answer.tokens += choice["token_ids"] or []
+                heard()
+
+
+async def ramp(server: Server, prompts: list[list[int]]) -> tuple[list[Answer], list[Sample]]:
+    """One more client whenever the newest has its chunks; each leaves when its answer is complete."""
+    answers = [Answer() for _ in prompts]
+    samples: list[Sample] = []
+    something = asyncio.Event()  # a chunk came: conditions are looked at again
+
+    async def until(condition: Callable[[], bool]) -> None:
+        while not condition():
+            something.clear()
+            await something.wait()
+
+    def progress(first: Answer, steps: int) -> Callable[[], bool]:
+        goal = first.chunks + steps
+        return lambda: first.chunks >= goal or len(first.tokens) >= LENGTHS[0]
+
+    async def watch(client: httpx.AsyncClient) -> None:
+        while len(answers[0].tokens) < LENGTHS[0]:
+            samples.append(await take_sample(client))
+            await until(progress(answers[0], SAMPLE_EVERY))
+
+    limits = httpx.Limits(max_connections=CLIENTS + 1)
+    async with (
+        httpx.AsyncClient(base_url=server.root, timeout=120, limits=limits) as client,
+        anyio.create_task_group() as group,  # a client that fails ends them all
+    ):
+        for i, (prompt, length) in enumerate(zip(prompts, LENGTHS, strict=True)):
+            group.start_soon(ask, client, prompt, length, answers[i], something.set)
+            if i == 0:
+                group.start_soon(watch, client)
+            await until(lambda i=i: answers[i].chunks >= hold(i + 1))
+    return answers, samples
+
+
+def depths_seen(samples: list[Sample]) -> list[int | None]:
+    """By range of batch sizes: median depth of a draft between two samples in the range; 0 without drafts."""
+    seen: list[list[float]] = [[] for _ in LADDER.batch_sizes]
+    for before, after in pairwise(samples):
+        for depths, (first, last, _) in zip(seen, LADDER.batch_sizes, strict=True):
+            if all(first <= sample.running <= last for sample in (before, after)):
+                drafts = after.drafts - before.drafts
+                depths.append((after.drafted - before.drafted) / drafts if drafts else 0.0)
+    return [round(statistics.median(depths)) if depths else None for depths in seen]
+
+
+def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
+    model = tiny_model("llama", vocab_size=VOCAB_SIZE)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    LADDER.save(adapter / LADDER_FILE)
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(3, VOCAB_SIZE, 1 + 3 * (i % 16)).tolist() for i in range(CLIENTS)]
+    flags = ["--max-model-len", "1024", "--max-num-seqs", str(CLIENTS), "--block-size", "32"]
+    flags += ["--kv-cache-memory-bytes", str(256 << 20)]
+    flags += ["--speculative-config", json.dumps({"method": "bita", "model": str(adapter)})]
+    with running_server(model, "tiny", flags, tmp_path) as server:
+        answers, samples = asyncio.run(ramp(server, prompts))
+        after = asyncio.run(take_sample(httpx.AsyncClient(base_url=server.root)))
+
+    peak = max(range(len(samples)), key=lambda i: samples[i].running)
+    assert samples[peak].running == CLIENTS
+    assert after.running == 0
+    assert after.accepted > 0
+    assert depths_seen(samples[: peak + 1]) == DEPTHS, "going up"
+    assert depths_seen(samples[peak:]) == DEPTHS, "coming down"
+
+    at_peak = [sample.time for sample in samples if sample.running == CLIENTS]
+    gaps = [(end, end - begin) for answer in answers for begin, end in pairwise(answer.times)]
+    step = statistics.median(gap for end, gap in gaps if at_peak[0] <= end <= at_peak[-1])
+    longest = max(gap for _, gap in gaps)
+    print(f"a step at the peak: {1e3 * step:.0f} ms; longest gap: {1e3 * longest:.0f} ms")
+    assert longest < max(STALL * step, PAUSE)
+
+    requests = [
+        (prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
+        for prompt, length in zip(prompts, LENGTHS, strict=True)
+    ]
+    plain = run(model, requests, max_num_seqs=CLIENTS)
+    served = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=a.tokens)]) for a in answers]
+    assert [len(answer.tokens) for answer in answers] == LENGTHS
+    different = differences(lambda: engine(model), requests, plain, served)
+    assert all(difference.gap < NEAR_TIE for difference in different)
