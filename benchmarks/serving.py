@@ -48,9 +48,8 @@ def measure(
     """Measure every point; the CSV is written after each one. Raises ServerError, DatasetError."""
     from tqdm import tqdm
 
-    for dataset in args.dataset[1:]:  # refused before any server starts
-        requests_for(dataset, 1, 0, tokenizer, args)
-    warm_up = requests_for(args.dataset[0], max(args.concurrency), 0, tokenizer, args)
+    requests = all_requests(tokenizer, args)
+    warm_up = requests[0, args.dataset[0], max(args.concurrency)][: max(args.concurrency)]
     arms = start_all(servers, warm_up, args)
     rows: list[dict[str, Any]] = []
     answers: dict[tuple[str, str, int, int], list[str]] = {}
@@ -61,9 +60,7 @@ def measure(
         if not servers.is_up(arm):
             servers.stop()
             servers.start(arm, warm_up)
-        count = max(args.prompts, args.prompts_per_client * concurrency)
-        requests = requests_for(dataset, count, repeat, tokenizer, args)
-        result = servers.load(arm, requests, concurrency)
+        result = servers.load(arm, requests[repeat, dataset, concurrency], concurrency)
         answers[arm.name, dataset, concurrency, repeat] = result["generated_texts"]
         row = {"dataset": dataset, "concurrency": concurrency, "repeat": repeat, "arm": arm.name}
         rows.append({**facts, **row, **figures(arm, concurrency, result)})
@@ -72,6 +69,22 @@ def measure(
             f"{dataset}, {concurrency} at once, repeat {repeat}: {arm.name} "
             f"{result['output_throughput']:.1f} tokens/s"
         )
+
+
+def all_requests(tokenizer: Any, args: argparse.Namespace) -> dict[tuple[int, str, int], list[Any]]:
+    """By (repeat, dataset, concurrency): what is refused is refused before a server starts. Raises DatasetError."""
+    return {
+        (repeat, dataset, concurrency): requests_for(
+            dataset,
+            max(args.prompts, args.prompts_per_client * concurrency),
+            repeat,
+            tokenizer,
+            args,
+        )
+        for repeat, dataset, concurrency in product(
+            range(args.repeats), args.dataset, args.concurrency
+        )
+    }
 
 
 def start_all(servers: Servers, warm_up: list[Any], args: argparse.Namespace) -> list[Arm]:

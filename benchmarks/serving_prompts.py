@@ -34,15 +34,23 @@ def requests_for(
     from vllm.benchmarks.datasets import SampleRequest
 
     if dataset == "sharegpt":
-        return sharegpt(count, repeat, tokenizer, args)
-    if dataset == "humaneval":
-        texts = humaneval(args.humaneval_path)
-    elif dataset == "long-context":
-        texts = long_context(args.long_context_tokens, tokenizer)
+        requests = sharegpt(count, repeat, tokenizer, args)
     else:
-        texts = mt_bench()
-    prompts = [as_chat(text, tokenizer) for text in rotate(texts, repeat * count, count)]
-    return [SampleRequest(ids, len(ids), args.max_tokens) for ids in prompts]
+        if dataset == "humaneval":
+            texts = humaneval(args.humaneval_path)
+        elif dataset == "long-context":
+            texts = long_context(args.long_context_tokens, tokenizer)
+        else:
+            texts = mt_bench()
+        prompts = [as_chat(text, tokenizer) for text in rotate(texts, repeat * count, count)]
+        requests = [SampleRequest(ids, len(ids), args.max_tokens) for ids in prompts]
+    longest = max(request.prompt_len + request.expected_output_len for request in requests)
+    if longest > args.max_model_len:
+        raise DatasetError(
+            f"Dataset {dataset} has a request of {longest} tokens, answer included, but --max-model-len is "
+            f"{args.max_model_len}; raise it, or leave the dataset out."
+        )
+    return requests
 
 
 def mt_bench() -> list[str]:

@@ -17,7 +17,8 @@ TOKENIZER = make_tokenizer(935)
 
 def options(**given):
     defaults = {"max_tokens": 16, "humaneval_path": None, "dataset_path": None}
-    return Namespace(**{**defaults, "long_context_tokens": 100, **given})
+    defaults |= {"long_context_tokens": 100, "max_model_len": 4096}
+    return Namespace(**{**defaults, **given})
 
 
 def asked(dataset, count, repeat, **given):
@@ -72,6 +73,11 @@ def test_a_dataset_that_is_not_there_is_refused_in_one_sentence(dataset, tmp_pat
         asked(dataset, 1, 0, humaneval_path=broken, dataset_path=broken)
     with pytest.raises(DatasetError, match="needs"):
         asked(dataset, 1, 0)
+
+
+def test_a_request_that_no_server_can_take_is_refused_with_both_numbers():
+    with pytest.raises(DatasetError, match=r"of \d{4} tokens.* is 1000"):
+        asked("long-context", 2, 0, long_context_tokens=1000, max_model_len=1000)
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])
