@@ -19,7 +19,7 @@ from bita_vllm.adapter import Adapter
 from bita_vllm.tree import Template, TemplateTable
 
 VOCAB_SIZE = 12
-ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
+ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct-no-deltas"
 
 
 def engine_steps(

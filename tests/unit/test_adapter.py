@@ -23,7 +23,7 @@ from bita_vllm.adapter import (
 )
 
 SHAPE = ModelShape(num_layers=2, hidden_size=32, num_kv_heads=2, head_size=8, vocab_size=100)
-FIRST_ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
+SHIPPED = Path(__file__).parents[2] / "adapters"
 
 
 def make_adapter(num_mask: int = 3, num_prompt: int = 4, **options: Any) -> Adapter:
@@ -79,13 +79,22 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
         torch.testing.assert_close(tensors_of(loaded)[name], tensor, rtol=0, atol=0)
 
 
-def test_first_adapter_loads() -> None:
-    adapter = Adapter.load(FIRST_ADAPTER, ModelShape(30, 576, 3, 64, 49152))
+@pytest.mark.parametrize(
+    ("name", "rank"), [("smollm2-135m-instruct", 16), ("smollm2-135m-instruct-no-deltas", None)]
+)
+def test_shipped_adapters_load_and_say_where_they_come_from(name: str, rank: int | None) -> None:
+    adapter = Adapter.load(SHIPPED / name, ModelShape(30, 576, 3, 64, 49152))
     assert adapter.config.num_mask_tokens == 3
     assert adapter.config.num_prompt_tokens == 16
     assert adapter.config.speculative_tokens == 15
     assert adapter.config.verifier == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert adapter.num_bytes == 2 * (3 * 576 + 2 * 30 * 16 * 3 * 64)
+    assert (adapter.mask_lora and adapter.mask_lora.rank) == rank
+    assert adapter.config.acceptance is not None
+    training = adapter.config.raw["training"]
+    assert training["steps_done"] == training["arguments"]["steps"]
+    assert [data["file"] for data in training["data"]] == ["own.jsonl", "own2.jsonl", "human.jsonl"]
+    text = (SHIPPED / name / "config.json").read_text()
+    assert not any(folder in text for folder in ("/root", "/home", "/tmp"))
 
 
 def test_saved_config_is_the_speculators_format(tmp_path: Path) -> None:
