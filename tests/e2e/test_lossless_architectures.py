@@ -29,8 +29,9 @@ from vllm import SamplingParams
 
 from bita_vllm.tree import Template
 
+# On the V2 runner a step takes a third of a second: fewer requests, shorter ones.
 NUM_REQUESTS = 6 if ON_GPU_RUNNER else 40
-LONGEST = 12 if ON_GPU_RUNNER else 40  # times the shortest prompt
+LONGEST = 8 if ON_GPU_RUNNER else 40  # times the shortest prompt
 OPTIONS = {
     "max_model_len": 384,
     "max_num_seqs": 4 if ON_GPU_RUNNER else 8,
@@ -59,17 +60,16 @@ CASES = {
     "mixtral": {"tree": "3,3"},
 }
 DRAFTS = ["random adapter", "oracle"]
-if ON_GPU_RUNNER:  # a step takes tenths of a second there; test_gpu_runner.py has llama
-    CASES = {"qwen3": {"tree": "2,1"}, "gemma2": {"tree": "1,1"}}
+if ON_GPU_RUNNER:
     DRAFTS = ["oracle"]
-    MORE_BLOCKS = {"gemma2": {"num_gpu_blocks_override": 40}}
+    MORE_BLOCKS = {"gemma2": {"max_model_len": 256, "num_gpu_blocks_override": 20}}
 WITH_DELTAS = {"llama", "qwen3", "phi3", "gpt2", "mixtral"}
 
 
 def make_requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
     """Short and long prompts, some with a prefix in common, some that repeat a few tokens."""
     rng = np.random.default_rng(7)
-    shared = rng.integers(3, vocab_size, 70).tolist()
+    shared = rng.integers(3, vocab_size, 35 if ON_GPU_RUNNER else 70).tolist()
     requests = []
     for i in range(NUM_REQUESTS):
         prompt = rng.integers(3, vocab_size, int(5 * LONGEST ** rng.random())).tolist()
@@ -77,7 +77,7 @@ def make_requests(vocab_size: int) -> list[tuple[list[int], SamplingParams]]:
             prompt = shared + prompt
         elif i % 4 == 2:
             prompt = prompt[:4] * (len(prompt) // 4)
-        max_tokens = int((12 if ON_GPU_RUNNER else 60) ** rng.random())
+        max_tokens = 8 + i if ON_GPU_RUNNER else int(60 ** rng.random())
         requests.append(
             (prompt, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=i % 2 == 0))
         )
@@ -126,13 +126,10 @@ def test_tokens_equal_plain_vllm(case, drafts):
         f"{template.describe()}; preempted {preempted}, prefix hits {hits}, accepted {accepted}, lengths {lengths}"
     )
     assert all(d.gap < NEAR_TIE for d in different)
-    assert preempted > 0 or ON_GPU_RUNNER
-    if ON_GPU_RUNNER and len(groups) == 1:
-        assert hits > 0, "no prefix came from the cache"
-    if drafts == "oracle" and ON_GPU_RUNNER:
-        assert accepted > 0
-    elif drafts == "oracle":
-        ended = {step.path[-1] for step in steps if step.line == template.max_depth}
-        assert ended == set(range(template.num_nodes)), "a node where no walk ended"
+    assert preempted > 0 or (ON_GPU_RUNNER and len(groups) == 1)
+    assert hits > 0 or not ON_GPU_RUNNER, "no prefix came from the cache"
+    if drafts == "oracle":
         assert max(lengths) == template.max_depth + 1
         assert accepted > 0
+        ended = {step.path[-1] for step in steps if step.line == template.max_depth}
+        assert ended == set(range(template.num_nodes)) or ON_GPU_RUNNER, "a node without an end"
