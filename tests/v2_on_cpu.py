@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from types import SimpleNamespace
 
 RUNNER_ENVIRONMENT = {
@@ -81,7 +81,7 @@ def _quicken() -> None:
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
     # It makes the table of all types at every load.
-    numpy_type = cache(interpreter._get_np_dtype)
+    numpy_type = lru_cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda dtype: numpy_type(
         tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar  # pointers have no hash
     )

@@ -76,10 +76,13 @@ def engine(
         if ON_GPU_RUNNER:
             from vllm.v1.attention.backends import triton_attn
             from vllm.v1.attention.ops import triton_unified_attention
+            from vllm.v1.sample.ops import topk_topp_sampler
 
             patch.setattr(bita_config, "on_gpu", lambda: True)
             patch.setattr(bita_config, "GPU_WORKER_CLS", "v2_on_cpu.Worker")
             patch.setattr(triton_attn, "triton_reshape_and_cache_flash", v2_on_cpu.write_kv)
+            # Its Triton kernel does not run in the interpreter; the other path is vLLM's too.
+            patch.setattr(topk_topp_sampler, "HAS_TRITON", False)
             # The interpreter's time goes by the number of tiles.
             patch.setattr(triton_unified_attention, "_get_tile_size", lambda *a, **k: 128)
         llm = LLM(str(model), **{**defaults, **options})

@@ -34,8 +34,15 @@ OPTIONS = {
 KINDS = {
     "greedy": {"temperature": 0},
     "seeded": {"temperature": 0.8, "seed": 3},
-    # vLLM's own top-k and top-p kernel does not run in the interpreter.
+    "seeded, top-k": {"temperature": 1.2, "top_k": 8, "seed": 13},
     "seeded, min-p": {"temperature": 1.2, "min_p": 0.05, "seed": 5},
+    "seeded, top-p and all": {
+        "temperature": 1.1,
+        "top_k": 50,
+        "top_p": 0.8,
+        "min_p": 0.01,
+        "seed": 17,
+    },
     "penalties": {
         "temperature": 0.9,
         "seed": 7,
@@ -50,7 +57,7 @@ KINDS = {
 
 def requests():
     rng = np.random.default_rng(0)
-    lengths = (5, 70, 20, 33, 12, 50, 9)
+    lengths = (5, 70, 6, 20, 8, 33, 12, 50, 9)
     return [
         (
             rng.integers(3, 500, length).tolist(),
@@ -169,15 +176,15 @@ def test_tokens_equal_plain_v2_on_a_ladder(case, tmp_path):
     bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
     uneven = requests()  # so that the batch shrinks bit by bit
     for i, (_, params) in enumerate(uneven):
-        params.max_tokens = 6 + i
+        params.max_tokens = 4 + i
     with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **OPTIONS) as llm:
         outputs = generate(llm, uneven)
     for i, (kind, expected, output) in enumerate(zip(KINDS, plain, outputs, strict=True)):
-        assert output.outputs[0].token_ids == expected.outputs[0].token_ids[: 6 + i], kind
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids[: 4 + i], kind
     lengths = {line: {len(s.tokens) for s in steps if s.line == line} for line in range(-1, 5)}
     print(lengths)
     assert lengths[-1] == {1}  # without a block
-    assert lengths[1] == {1, 2}, "narrow blocks with candidates"
+    assert {2} <= lengths[1] <= {1, 2}, "narrow blocks with candidates"
     assert lengths[4] >= {2, 3}, "wide ones"
 
 
