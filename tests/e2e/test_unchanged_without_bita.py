@@ -35,6 +35,8 @@ def look(worker):
         added[name] = sum(tensor.nbytes for tensor in tensors)
     masks = [m.mask_embeddings for m in runner.model.modules() if hasattr(m, "mask_embeddings")]
     added["mask_embeddings"] = sum(tensor.nbytes for tensor in masks)
+    layers = [m for m in runner.model.modules() if hasattr(m, "mask_lora_a")]
+    added["deltas"] = sum(m.mask_lora_a.nbytes + m.mask_lora_b.nbytes for m in layers)
     holders = [getattr(runner, "table", None)]
     holders += [vars(holder).get("template") for holder in holders if holder is not None]
     arrays = [v for h in holders if h is not None for v in vars(h).values()]
