@@ -461,15 +461,6 @@ def report_row_cost(
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def choose_dtype(wish: str) -> str:
-    if wish != "auto":
-        return wish
-    import torch
-
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
-
-
 def missing_libraries() -> list[str]:
     """Libraries that vLLM advises to preload on a CPU, and that are not in LD_PRELOAD."""
     loaded = " ".join(preloaded())
@@ -527,8 +518,9 @@ def main() -> None:
     from tqdm import tqdm
 
     from bita_vllm.embedded import embedded_model_dir
+    from bita_vllm.training.base_model import choose_dtype
 
-    dtype = choose_dtype(args.dtype)
+    dtype = choose_dtype(args.dtype, "cpu")
     print(f"dtype {dtype}" + (" (chosen for this CPU)" if args.dtype == "auto" else ""))
     if missing := missing_libraries():
         print(

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cpu_throughput import ADAPTER, RESULTS, choose_dtype, in_turn, rounded, write_csv
+from cpu_throughput import ADAPTER, RESULTS, in_turn, rounded, write_csv
 from provenance import provenance
 from serving_prompts import DATASETS, requests_for
 from serving_report import PLAIN, beside_plain, decode_figures, report
@@ -212,11 +212,12 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from bita_vllm.embedded import embedded_model_dir
+    from bita_vllm.training.base_model import choose_dtype
     from bita_vllm.training.provenance import portable_name
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        args.dtype = choose_dtype(args.dtype)
+        args.dtype = choose_dtype(args.dtype, "cpu")
     args.model = args.model or str(embedded_model_dir())
     args.adapter = (
         str(Path(args.adapter).resolve()) if Path(args.adapter).exists() else args.adapter

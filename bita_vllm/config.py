@@ -19,7 +19,6 @@ import vllm.envs as envs
 from pydantic import InstanceOf
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config, get_field
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.hashing import safe_hash
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
-
-logger = init_logger("vllm.bita")
 
 METHOD = "bita"
 CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"

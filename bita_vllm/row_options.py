@@ -42,32 +42,14 @@ def choose_ladder(
             f"Speculative option 'ladder' is {given!r}; expected the path of a file made by 'bita tune'."
         )
     if given is not None:
-        return AUTO, _load_ladder(given, adapter, device)
+        return AUTO, _named_ladder(given, adapter, device)
     if not fixed and (ladder := _ladder_beside(adapter, device)) is not None:
         return AUTO, ladder
     tree, template = _choose_template(options, adapter)
     return tree, Ladder.fixed(template)
 
 
-def _ladder_beside(adapter: AdapterConfig, device: str) -> Ladder | None:
-    """The adapter's own ladder, unless it was made on another machine: what is best there may lose here."""
-    path = None if adapter.path is None else adapter.path / LADDER_FILE
-    if path is None or not path.is_file():
-        return None
-    made_on = Ladder.load(path).provenance.get("device")
-    if made_on in (None, device):
-        return _load_ladder(path, adapter, device)
-    logger.warning(
-        "bita: the ladder beside the adapter, %s, was made on another machine (%s; this is %s), so it is not used; "
-        "make one here with 'bita tune', or name it as 'ladder' in the speculative config.",
-        path,
-        made_on,
-        device,
-    )
-    return None
-
-
-def _load_ladder(path: str | Path, adapter: AdapterConfig, device: str) -> Ladder:
+def _named_ladder(path: str, adapter: AdapterConfig, device: str) -> Ladder:
     """The ladder, fit for the adapter; a warning if it was made on another machine."""
     ladder = Ladder.load(path)
     ladder.check(adapter.num_mask_tokens)
@@ -80,6 +62,26 @@ def _load_ladder(path: str | Path, adapter: AdapterConfig, device: str) -> Ladde
             made_on,
             device,
         )
+    return ladder
+
+
+def _ladder_beside(adapter: AdapterConfig, device: str) -> Ladder | None:
+    """The adapter's own ladder, unless it was made on another machine: what is best there may lose here."""
+    path = None if adapter.path is None else adapter.path / LADDER_FILE
+    if path is None or not path.is_file():
+        return None
+    ladder = Ladder.load(path)
+    made_on = ladder.provenance.get("device")
+    if made_on not in (None, device):
+        logger.warning(
+            "bita: the ladder beside the adapter, %s, was made on another machine (%s; this is %s), so it is not used; "
+            "make one here with 'bita tune', or name it as 'ladder' in the speculative config.",
+            path,
+            made_on,
+            device,
+        )
+        return None
+    ladder.check(adapter.num_mask_tokens)
     return ladder
 
 

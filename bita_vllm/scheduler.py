@@ -16,11 +16,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from bita_vllm import config
-from bita_vllm.adapter_config import AdapterConfig
 from bita_vllm.config import get_settings
 from bita_vllm.grammar import BlockGrammar
 from bita_vllm.tree import TemplateTable
-from bita_vllm.tree_search import acceptance_table
 from bita_vllm.tuning.online import policy_of
 
 if TYPE_CHECKING:
@@ -55,9 +53,9 @@ class _BlockScheduler(Scheduler):
             # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
             # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
             self.dynamic_sd_lookup = settings.ladder.lookup(max_num_seqs).tolist()
-        adapter = AdapterConfig.load(settings.adapter_dir)
-        acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
-        self._policy = policy_of(settings.ladder, acceptance, max_num_seqs, padded=config.on_gpu())
+        self._policy = policy_of(
+            settings.ladder, settings.adapter_dir, max_num_seqs, padded=config.on_gpu()
+        )
         self._last_decode = (0, 0.0)  # requests, end of the last step if it did nothing but decode
 
     def update_from_output(

@@ -148,7 +148,7 @@ class BitaCPUModelRunner(CPUModelRunner):
         In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
         """
         blocks = self._blocks
-        has_blocks = self._blocks is not None and bool((self._blocks.line >= 0).any())
+        has_blocks = blocks is not None and bool((blocks.line >= 0).any())
         self._grammar = grammar_output if has_blocks else None
         output = super().sample_tokens(None if has_blocks else grammar_output)
         if output is not None and blocks is not None:
@@ -236,9 +236,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         if self._step_mask_rows is not None:
             self._step_mask_rows.num.zero_()  # vLLM's dummy steps have none
         num_requests = self.input_batch.num_reqs
-        width = (
-            scheduler_output.num_spec_tokens_to_schedule
-        )  # of the next blocks, the scheduler's choice
+        # Of the next blocks, the scheduler's choice.
+        width = scheduler_output.num_spec_tokens_to_schedule
         if width == PLAIN_WIDTH:
             return [[] for _ in range(num_requests)]
         template = self.settings.ladder.widths.index(width)

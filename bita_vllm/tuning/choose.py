@@ -66,7 +66,7 @@ def choose_ladder(
     rows = np.array([t.num_rows for t in candidates]) if padded else run.rows
     batch_sizes = range(1, max_batch_size + 1)
     seconds, plain = step_seconds(cost, rows, batch_sizes, context)
-    index, gain = fastest(run.accepted_length, seconds, plain, min_gain)
+    index, gain = fastest(gains_over_plain(run.accepted_length, seconds, plain), min_gain)
     choices = [
         Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0)
         if i == PLAIN
@@ -102,17 +102,24 @@ def step_seconds(
     return np.array(seconds), np.array([cost.seconds(n, n, context) for n in batch_sizes])
 
 
-def fastest(
+def gains_over_plain(
     # [T] accepted length, by template
     lengths: np.ndarray,
     # [T, N] seconds of a step, by template and batch size
     seconds: np.ndarray,
     # [N] seconds of a plain step
     plain: np.ndarray,
+) -> np.ndarray:
+    """`[T, N]` tokens a second, over plain decoding's."""
+    return lengths[:, None] * plain / seconds
+
+
+def fastest(
+    # [T, N] tokens a second, over plain decoding's
+    gains: np.ndarray,
     min_gain: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[N]` template with most tokens a second, PLAIN where none gains `min_gain`; `[N]` its gain over plain."""
-    gains = lengths[:, None] * plain / seconds
     index, gain = gains.argmax(axis=0), gains.max(axis=0)
     pays = gain > 1 + min_gain
     return np.where(pays, index, PLAIN), np.where(pays, gain, 1.0)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bita_vllm.adapter_config import AdapterConfig
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
 from bita_vllm.tree import TemplateTable
-from bita_vllm.tree_search import Draft, evaluate, padded_drafts
-from bita_vllm.tuning.choose import MIN_GAIN, PLAIN, fastest, step_seconds
+from bita_vllm.tree_search import Draft, acceptance_table, evaluate, padded_drafts
+from bita_vllm.tuning.choose import MIN_GAIN, PLAIN, fastest, gains_over_plain, step_seconds
 from bita_vllm.tuning.cost import MeasuredCost, StepCost
 from bita_vllm.tuning.process import reach_by_depths
 
@@ -28,9 +29,8 @@ FADE = 0.9  # of all counts, at each review: half is left after a minute
 # Hits, and steps, that the expectation counts as beside what is seen.
 PRIOR_HITS = 30.0
 PRIOR_STEPS = 4.0
-SUSPICIOUS = (
-    0.1  # blocks that cost so much more or less than expected: is it the rows, or the machine?
-)
+# Blocks that cost so much more or less than expected: is it the rows, or the machine?
+SUSPICIOUS = 0.1
 PROBE_STEPS = 16  # of plain decoding, to tell the two apart
 LONGEST = 3.0  # times the mean: a step that took longer says nothing about its width
 MIN_SEEN = 8  # steps before that holds
@@ -190,8 +190,8 @@ class WidthPolicy:
         sizes = range(1, max_num_seqs + 1)
         self.acceptance = Acceptance(templates, acceptance)
         self.cost = Cost(np.vstack(step_seconds(cost, rows, sizes, context)))
-        depths = TemplateTable(*templates).max_depths + 1
-        self._template_of_line = np.repeat(np.arange(len(templates)), depths)
+        num_lines = [template.max_depth + 1 for template in templates]  # as TemplateTable has them
+        self._template_of_line = np.repeat(np.arange(len(templates)), num_lines)
         self._reviewed = time.monotonic() if now is None else now
 
     @property
@@ -214,10 +214,11 @@ class WidthPolicy:
         template = PLAIN
         if len(lines):
             self.acceptance.add(lines, last_nodes)
-            used = {int(self._template_of_line[line]) if line >= 0 else PLAIN for line in lines}
-            if len(used) > 1:
+            line = np.asarray(lines)
+            used = np.where(line >= 0, self._template_of_line[line], PLAIN)
+            template = int(used[0])
+            if (used != template).any():
                 return
-            (template,) = used
         if seconds is not None:
             self.cost.add(template, num_requests, seconds)
         if template == PLAIN and self._probe:
@@ -242,10 +243,10 @@ class WidthPolicy:
     def _choose(self, lengths: np.ndarray, seconds: np.ndarray, plain: np.ndarray) -> bool:
         lengths = np.where(self._usable, lengths, 0.0)
         min_gain = MIN_GAIN if self._plain_is_usable else -1.0
-        best, gain = fastest(lengths, seconds, plain, min_gain)
-        gains = np.vstack([lengths[:, None] * plain / seconds, np.ones_like(plain)])
+        gains = gains_over_plain(lengths, seconds, plain)
+        best, gain = fastest(gains, min_gain)
         current = np.array([self._widths.index(width) for width in self._table[1:]])
-        kept = gains[current, np.arange(len(current))]
+        kept = np.vstack([gains, np.ones_like(plain)])[current, np.arange(len(current))]
         change = (best != current) & (gain > kept * (1 + MIN_GAIN))
         # Plain decoding takes over as soon as blocks lose.
         change |= (best == PLAIN) & (kept < 1.0)
@@ -255,11 +256,13 @@ class WidthPolicy:
 
 
 def policy_of(
-    ladder: Ladder, acceptance: np.ndarray, max_num_seqs: int, padded: bool
+    ladder: Ladder, adapter_dir: str, max_num_seqs: int, padded: bool
 ) -> WidthPolicy | None:
     """For a ladder of several widths that knows what its steps cost; None for any other: it stays as it is."""
     points: Any = ladder.provenance.get("step_seconds")
     if ladder.is_fixed or not points:
         return None
     cost = MeasuredCost([tuple(point) for point in points])
+    adapter = AdapterConfig.load(adapter_dir)
+    acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
     return WidthPolicy(ladder, acceptance, cost, max_num_seqs, padded=padded)
