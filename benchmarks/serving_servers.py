@@ -5,23 +5,15 @@ import asyncio
 import contextlib
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server_process import ServerProcess
 from serving_report import PLAIN
 
 START_TIMEOUT_S = 1200  # the first start of an arm compiles
-STOP_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -62,68 +54,21 @@ def bita_rows(arm: Arm, concurrency: int) -> int | None:
     return int(ladder.lookup(concurrency)[concurrency]) + 1
 
 
-class ServerError(RuntimeError):
-    """A server that did not start, or that a load failed on; with the end of its log."""
-
-
-class Server:
-    """A `vllm serve` process; its log is kept in a file."""
-
-    def __init__(self, arm: Arm, args: argparse.Namespace, logs: Path) -> None:
-        self.arm = arm
-        self.log = logs / f"{arm.name}.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", args.model]
-        command += ["--host", "127.0.0.1", "--port", str(port), *args.server_flags]
-        if arm.config:
-            command += ["--speculative-config", json.dumps(arm.config)]
-        with self.log.open("w") as out:
-            # In a session of its own, so that the engine's processes can be ended with it.
-            self._process = subprocess.Popen(
-                command, stdout=out, stderr=out, start_new_session=True
-            )
-
-    def wait_until_healthy(self) -> None:
-        """Raises ServerError."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._is_healthy():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise self.error("did not start")
-            time.sleep(0.5)
-
-    def _is_healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def error(self, what: str) -> ServerError:
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-12:])
-        return ServerError(f"arm {self.arm.name} {what}; the end of its log:\n{tail}")
-
-    def stop(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-
 class Servers:
     """The servers that are up, by arm; one is loaded at a time."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: Any, logs: Path) -> None:
         self._args, self._tokenizer, self._logs = args, tokenizer, logs
-        self._up: dict[str, Server] = {}
+        self._up: dict[str, ServerProcess] = {}
 
     def start(self, arm: Arm, warm_up: Sequence[Any]) -> None:
         """Start the arm's server and warm it up, one request alone and then all. Raises ServerError."""
-        server = self._up[arm.name] = Server(arm, self._args, self._logs)
-        server.wait_until_healthy()
+        flags = list(self._args.server_flags)
+        if arm.config:
+            flags += ["--speculative-config", json.dumps(arm.config)]
+        log = self._logs / f"{arm.name}.log"
+        server = self._up[arm.name] = ServerProcess(arm.name, self._args.model, flags, log)
+        server.wait_until_healthy(START_TIMEOUT_S)
         self.load(arm, warm_up[:1], 1)
         self.load(arm, warm_up, len(warm_up))
 

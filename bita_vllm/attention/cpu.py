@@ -1,4 +1,4 @@
-"""CPU attention backend: vLLM's own kernel for causal rows, tree attention in torch for step blocks.
+"""CPU attention backend: vLLM's own kernel for causal rows, tree attention (bita_kernels) for step blocks.
 
 KV cache, slots and writes are stock (vllm/v1/attention/backends/cpu_attn.py): a block's rows lie in
 linear slots behind the committed context. Its `vec` layout, which we pin, keeps keys transposed:
@@ -21,53 +21,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from bita_vllm.runner.blocks import StepBlocks
 
-NEG_INF = float("-inf")
-
-
-@dataclass
-class BlockGroup:
-    """Step blocks of one shape: same number of rows n, same number of KV cache blocks.
-
-    Attributes:
-        rows: `[B, n]` int64, rows of the step.
-        kv_blocks: `[B * num_kv_blocks]` int64, KV cache blocks of each request.
-        context_len: `[B, 1, 1]` int64, committed tokens before the root.
-        depth: `[B, n]` int64, depth in the tree.
-        seen: `[B, n, n]` bool, row i sees row j of its own block.
-        is_mask: `[B, n]` bool, rows that see the prompt tokens.
-    """
-
-    rows: torch.Tensor
-    kv_blocks: torch.Tensor
-    context_len: torch.Tensor
-    depth: torch.Tensor
-    seen: torch.Tensor
-    is_mask: torch.Tensor
-
-    def bias(self, num_slots: int, num_prompt_tokens: int, window: int) -> torch.Tensor:
-        """`[B, n, P + num_slots]` fp32: 0 where a row sees a key, -inf elsewhere.
-
-        A sliding window counts positions (tree depths), not slots; -1 is no window.
-        Prompt tokens are always within it.
-        """
-        num_requests, n = self.rows.shape
-        slot = torch.arange(num_slots)
-        own = slot - self.context_len
-        visible = (own < 0).expand(num_requests, n, num_slots).clone()
-        # [B, n, n] rows of the block, scattered to the slots where they lie
-        at = (self.context_len + torch.arange(n)).expand(num_requests, n, n)
-        visible.scatter_(2, at, self.seen)
-        if window > 0:
-            position = slot.expand(num_requests, 1, num_slots).clone()
-            position.scatter_(2, at[:, :1], self.context_len + self.depth[:, None])
-            visible &= (self.context_len + self.depth[:, :, None]) - position < window
-        prompt = self.is_mask[:, :, None].expand(num_requests, n, num_prompt_tokens)
-        bias = torch.zeros(num_requests, n, num_prompt_tokens + num_slots)
-        return bias.masked_fill_(~torch.cat([prompt, visible], dim=2), NEG_INF)
-
 
 class TreeMetadata:
-    """The step's blocks, grouped by shape, with the biases that all layers share."""
+    """The step's blocks, as `tree_attention_cpu` takes them."""
 
     def __init__(
         self,
@@ -76,43 +32,13 @@ class TreeMetadata:
         context_len: np.ndarray,
         # [B, max blocks] int32
         block_table: torch.Tensor,
-        block_size: int,
     ) -> None:
+        table = blocks.table
         self.all_rows_in_blocks = bool((blocks.line >= 0).all())
-        self.block_size = block_size
-        self.groups: list[BlockGroup] = []
-        self._biases: dict[tuple[int, int], list[torch.Tensor]] = {}
-        table, requests = blocks.table, np.flatnonzero(blocks.line >= 0)
-        num_kv_blocks = -(-(context_len + blocks.num_rows) // block_size)
-        # Requests of one shape are one batched matmul; KV lengths are rounded up to keep the groups few.
-        rounded = np.where(num_kv_blocks > 4, -(-num_kv_blocks // 4) * 4, num_kv_blocks)
-        rounded = np.minimum(rounded, block_table.shape[1])
-        shapes = np.stack([blocks.num_rows[requests], rounded[requests]], axis=1)
-        for n, length in np.unique(shapes, axis=0):
-            members = requests[(shapes == (n, length)).all(axis=1)]
-            line = blocks.line[members]
-            self.groups.append(
-                BlockGroup(
-                    rows=torch.from_numpy(blocks.first_row[members, None] + np.arange(n)),
-                    kv_blocks=block_table[torch.from_numpy(members), :length].flatten().long(),
-                    context_len=torch.from_numpy(context_len[members].astype(np.int64))[
-                        :, None, None
-                    ],
-                    depth=torch.from_numpy(table.depth[line, :n].astype(np.int64)),
-                    seen=torch.from_numpy(table.ancestors[line, :n, :n]),
-                    is_mask=torch.from_numpy(table.mask_index[line, :n] >= 0),
-                )
-            )
-
-    def biases(self, num_prompt_tokens: int, window: int) -> list[torch.Tensor]:
-        """One bias a group, made by the first layer that asks for it."""
-        key = (num_prompt_tokens, window)
-        if key not in self._biases:
-            self._biases[key] = [
-                g.bias(len(g.kv_blocks) // len(g.rows) * self.block_size, num_prompt_tokens, window)
-                for g in self.groups
-            ]
-        return self._biases[key]
+        of_requests = blocks.first_row, blocks.num_rows, context_len, blocks.line
+        numbers = (np.asarray(values, dtype=np.int64) for values in of_requests)
+        trees = table.depth, table.ancestors, table.mask_index
+        self.arguments = (block_table, *map(torch.from_numpy, (*numbers, *trees)))
 
 
 @dataclass
@@ -167,7 +93,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         # [P, Hkv, D] fp32
         values: torch.Tensor,
     ) -> int:
-        """Keep the layer's prompt tokens as the matmuls read them; returns their bytes."""
+        """Keep the layer's prompt tokens as the kernel reads them; returns their bytes."""
         self.prompt_keys = keys.permute(1, 2, 0).contiguous()
         self.prompt_values = values.transpose(0, 1).contiguous()
         return self.prompt_keys.nbytes + self.prompt_values.nbytes
@@ -200,62 +126,19 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         if tree is not None:
-            out = output.view(-1, self.num_heads, self.head_size)
-            biases = tree.biases(self.prompt_keys.shape[2], self.sliding_window)
-            for group, bias in zip(tree.groups, biases, strict=True):
-                self._attend(query, kv_cache, group, bias, out)
+            # Prompt tokens, committed context and own rows in one softmax.
+            torch.ops.bita.tree_attention_cpu(
+                query.view(-1, self.num_heads, self.head_size),
+                kv_cache,
+                *tree.arguments,
+                self.prompt_keys,
+                self.prompt_values,
+                output.view(-1, self.num_heads, self.head_size),
+                self.scale,
+                self.logits_soft_cap or 0.0,
+                self.sliding_window,
+            )
         return output
-
-    def _attend(
-        self,
-        # [rows, Hq, D]
-        query: torch.Tensor,
-        # [num_blocks, Hkv, block_size, 2 * D], stock's storage
-        kv_cache: torch.Tensor,
-        group: BlockGroup,
-        # [B, n, P + slots]
-        bias: torch.Tensor,
-        # [rows, Hq, D]
-        out: torch.Tensor,
-    ) -> None:
-        """Tree attention of one group in fp32: prompt tokens, committed context and own rows in one softmax.
-
-        Query heads of a KV head are packed with the rows into one matmul, so K/V are read once a KV head.
-        """
-        (num_requests, n), heads, dim = group.rows.shape, self.num_kv_heads, self.head_size
-        per_kv_head = self.num_queries_per_kv
-        packed, num_prompt_tokens = per_kv_head * n, self.prompt_keys.shape[2]
-        q = query.view(-1, heads, per_kv_head, dim)[group.rows].permute(0, 2, 3, 1, 4)
-        q = q.reshape(num_requests, heads, packed, dim).float() * self.scale
-        # [B, KV blocks, Hkv, D, block_size] and [B, KV blocks, Hkv, block_size, D]
-        keys, values = self._pages(kv_cache, group.kv_blocks, num_requests)
-        context = torch.matmul(q[:, None], keys).permute(0, 2, 3, 1, 4)
-        num_kv_blocks, block_size = context.shape[3:]
-        scores = torch.cat([torch.matmul(q, self.prompt_keys), context.flatten(3)], dim=3)
-        if self.logits_soft_cap:
-            scores = torch.tanh(scores / self.logits_soft_cap) * self.logits_soft_cap
-        scores.view(num_requests, -1, n, scores.shape[3]).add_(bias[:, None])
-        weights = scores.softmax(dim=-1)
-        context = weights[..., num_prompt_tokens:].unflatten(3, (num_kv_blocks, block_size))
-        attended = torch.matmul(context.permute(0, 3, 1, 2, 4), values).sum(dim=1)
-        attended += torch.matmul(weights[..., :num_prompt_tokens], self.prompt_values)
-        attended = attended.view(num_requests, heads, per_kv_head, n, dim).permute(0, 3, 1, 2, 4)
-        out[group.rows] = attended.reshape(num_requests, n, -1, dim).to(out.dtype)
-
-    def _pages(
-        self,
-        # [num_blocks, Hkv, block_size, 2 * D]
-        kv_cache: torch.Tensor,
-        # [B * KV blocks]
-        kv_blocks: torch.Tensor,
-        num_requests: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `[B, KV blocks, Hkv, D, block_size]` and values `[B, KV blocks, Hkv, block_size, D]`, fp32."""
-        num_blocks, heads, block_size, _ = kv_cache.shape
-        pages = kv_cache.view(num_blocks, -1).index_select(0, kv_blocks).float()
-        pages = pages.view(num_requests, -1, heads, 2, block_size * self.head_size)
-        keys = pages[:, :, :, 0].unflatten(3, (self.head_size, block_size))
-        return keys, pages[:, :, :, 1].unflatten(3, (block_size, self.head_size))
 
 
 def move_rows(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
-from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels import cpu_kernels
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
@@ -26,7 +26,7 @@ from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.ladder import PLAIN_WIDTH
 from bita_vllm.runner.blocks import NO_BLOCK, NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
-from bita_vllm.runner.mask_lora import opaque_operation
+from bita_vllm.runner.mask_lora import MaskLoraMethod
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import TemplateTable
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 # measured on SmolLM2's head (49152 x 576, fp32, one core): 4 rows 12 ms against 10 + 9, 16 rows 29
 # against 18 + 9.
 MAX_ROWS_IN_ONE_LOGITS_PASS = 16
-
-add_mask_lora = opaque_operation("add_mask_lora_cpu", add_mask_lora_naive)
 
 
 class BitaCPUWorker(cpu_worker.CPUWorker):
@@ -74,6 +72,7 @@ class BitaCPUModelRunner(CPUModelRunner):
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
+        cpu_kernels.register()
         with attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend):
             super().load_model(load_dummy_weights)
         self._step_mask_rows = put_in_adapter(
@@ -82,9 +81,13 @@ class BitaCPUModelRunner(CPUModelRunner):
             self.settings,
             TreeCPUAttentionImpl,
             torch.float32,  # what tree attention computes in
-            add_mask_lora,
+            torch.ops.bita.add_mask_lora_cpu,
             self.device,
         )
+        for module in self.model.modules():
+            if isinstance(getattr(module, "quant_method", None), MaskLoraMethod):
+                # As the kernel reads it.
+                module.mask_lora_b = module.mask_lora_b.T.contiguous().T
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once
@@ -129,10 +132,7 @@ class BitaCPUModelRunner(CPUModelRunner):
             context_len = self.input_batch.num_computed_tokens_cpu[: len(blocks.line)]
             for layer_names in self._metadata_groups(metadata):
                 shared = metadata[layer_names[0]]
-                block_size = self.compilation_config.static_forward_context[
-                    layer_names[0]
-                ].kv_cache.shape[2]
-                shared.tree = TreeMetadata(blocks, context_len, shared.block_table, block_size)
+                shared.tree = TreeMetadata(blocks, context_len, shared.block_table)
         return metadata, common
 
     @staticmethod

@@ -2,10 +2,7 @@
 
 import os
 import re
-import socket
-import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,37 +12,27 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
-import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from server_process import STOP_TIMEOUT_S, ServerProcess
+
+__all__ = ["STOP_TIMEOUT_S", "Server", "parse_metrics", "running_server"]
 
 START_TIMEOUT_S = 240  # generous: the machine may be busy; 20 s on an idle one
-STOP_TIMEOUT_S = 60
 
 
-class Server:
-    """The process and its log."""
+class Server(ServerProcess):
+    """The process, a client of its API, its metrics."""
 
-    def __init__(self, process: subprocess.Popen, port: int, log: Path) -> None:
-        self.process, self.log = process, log
-        self.root = f"http://127.0.0.1:{port}"
-        self.openai = {"base_url": f"{self.root}/v1", "api_key": "none", "max_retries": 0}
+    def __init__(self, model: Path, name: str, flags: list[str], folder: Path) -> None:
+        flags = ["--served-model-name", name, "--dtype", "float32", "--enforce-eager", *flags]
+        super().__init__(name, model, flags, folder / "log", environment(folder))
+        self.openai = {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0}
         self.client = openai.OpenAI(**self.openai, timeout=120)
-
-    def is_healthy(self) -> bool:
-        try:
-            return httpx.get(f"{self.root}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.is_healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server did not start:\n{self.log.read_text()[-6000:]}")
-            time.sleep(0.3)
 
     def metrics(self) -> dict[str, list[tuple[str, float]]]:
         """Metric name -> (labels, value) of each series."""
-        return parse_metrics(httpx.get(f"{self.root}/metrics", timeout=10).text)
+        return parse_metrics(httpx.get(f"{self.url}/metrics", timeout=10).text)
 
     def metric(self, name: str) -> float:
         return sum(value for _, value in self.metrics()[name])
@@ -67,31 +54,12 @@ def parse_metrics(text: str) -> dict[str, list[tuple[str, float]]]:
 @contextmanager
 def running_server(model: Path, name: str, flags: list[str], folder: Path) -> Iterator[Server]:
     """`vllm serve model FLAGS` in fp32, eager, on a free port; its log lies in `folder`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / "log"
-    command = [Path(sys.executable).with_name("vllm"), "serve", model]
-    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", *flags]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment(folder), stdout=out, stderr=out)
-    server = Server(process, port, log)
-    started = []
+    server = Server(model, name, flags, folder)
     try:
-        server.wait_until_healthy()
-        started = server.processes()
+        server.wait_until_healthy(START_TIMEOUT_S)
         yield server
     finally:
-        if process.poll() is None:
-            started = started or server.processes()  # one that did not get healthy has children too
-            process.terminate()
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        for left in psutil.wait_procs(started, timeout=10)[1]:
-            left.kill()
+        server.stop()
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from bita_kernels import cpu_kernels
+from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from vllm import _custom_ops as ops
 
-from bita_vllm.attention.cpu import TreeCPUAttentionImpl, TreeMetadata, move_rows
+from bita_vllm.attention.cpu import TreeMetadata, move_rows
 from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 HEADS_KV, GROUP, P = 2, 3, 5
+SCALE = 0.2
 TABLE = TemplateTable(Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2}))
 
 
@@ -29,18 +32,12 @@ def write(kv_cache, keys, values, slots, isa):
     )
 
 
-def make_impl(head_size, softcap, window):
-    impl = TreeCPUAttentionImpl.__new__(TreeCPUAttentionImpl)
-    impl.num_heads, impl.num_kv_heads, impl.num_queries_per_kv = HEADS_KV * GROUP, HEADS_KV, GROUP
-    impl.head_size, impl.scale, impl.logits_soft_cap, impl.sliding_window = (
-        head_size,
-        0.2,
-        softcap,
-        window,
-    )
-    impl.prompt_keys = torch.randn(HEADS_KV, head_size, P)
-    impl.prompt_values = torch.randn(HEADS_KV, P, head_size)
-    return impl
+@pytest.fixture(params=["kernel", "twin"])
+def tree_attention(request):
+    if request.param == "twin":
+        return tree_attention_cpu_naive
+    assert cpu_kernels.register(), "it must be built here"
+    return torch.ops.bita.tree_attention_cpu
 
 
 @pytest.mark.parametrize(
@@ -48,7 +45,7 @@ def make_impl(head_size, softcap, window):
 )
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, window):
+def test_equals_dense_attention(tree_attention, dtype, isa, block_size, head_size, softcap, window):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     lines = np.array([3, 0, NO_BLOCK, 3, 2, 3])
@@ -58,8 +55,10 @@ def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, wind
     blocks = StepBlocks.build(TABLE, lines, scheduled)
     num_kv_blocks = 120 // block_size + 1
     table = torch.from_numpy(generator.permutation(6 * num_kv_blocks).reshape(6, -1)).int()
-    kv_cache = torch.zeros(6 * num_kv_blocks, HEADS_KV, block_size, 2 * head_size, dtype=dtype)
-    impl = make_impl(head_size, softcap, window)
+    shape = 6 * num_kv_blocks, HEADS_KV, block_size, 2 * head_size
+    kv_cache = torch.full(shape, float("nan"), dtype=dtype)
+    prompt_keys = torch.randn(HEADS_KV, head_size, P)
+    prompt_values = torch.randn(HEADS_KV, P, head_size)
     rows = int(scheduled.sum())
     query = torch.randn(rows, HEADS_KV * GROUP, head_size).to(dtype)
     total = context + scheduled
@@ -76,9 +75,10 @@ def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, wind
         )
     out = torch.full((rows, HEADS_KV * GROUP, head_size), float("nan"), dtype=dtype)
 
-    tree = TreeMetadata(blocks, context, table, block_size)
-    for group, bias in zip(tree.groups, tree.biases(P, window), strict=True):
-        impl._attend(query, kv_cache, group, bias, out)
+    tree = TreeMetadata(blocks, context, table)
+    tree_attention(
+        query, kv_cache, *tree.arguments, prompt_keys, prompt_values, out, SCALE, softcap, window
+    )
 
     assert not tree.all_rows_in_blocks
     start = 0
@@ -98,9 +98,9 @@ def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, wind
                     k = keys[i][torch.from_numpy(visible), kv_head].double()
                     v = values[i][torch.from_numpy(visible), kv_head].double()
                     if TABLE.mask_index[line, row] >= 0:
-                        k = torch.cat([impl.prompt_keys[kv_head].T.double(), k])
-                        v = torch.cat([impl.prompt_values[kv_head].double(), v])
-                    score = k @ query[start + row, head].double() * impl.scale
+                        k = torch.cat([prompt_keys[kv_head].T.double(), k])
+                        v = torch.cat([prompt_values[kv_head].double(), v])
+                    score = k @ query[start + row, head].double() * SCALE
                     if softcap:
                         score = torch.tanh(score / softcap) * softcap
                     expected = score.softmax(0) @ v
@@ -109,6 +109,31 @@ def test_equals_dense_attention(dtype, isa, block_size, head_size, softcap, wind
                         block_rows[row, head], expected, atol=tolerance, rtol=tolerance
                     )
         start += n
+
+
+def test_a_request_alone_gives_the_same_bits():
+    cpu_kernels.register()
+    generator = torch.Generator().manual_seed(0)
+    lines, context = np.array([3, 2, 0, 3]), np.array([61, 7, 300, 0])
+    blocks = StepBlocks.build(TABLE, lines, TABLE.num_rows[lines].astype(np.int64))
+    kv_cache = torch.randn(48, HEADS_KV, 32, 128, generator=generator)
+    table = torch.arange(48, dtype=torch.int32).view(4, 12)
+    prompt = torch.randn(HEADS_KV, 64, P, generator=generator), torch.randn(HEADS_KV, P, 64)
+    query = torch.randn(int(blocks.num_rows.sum()), HEADS_KV * GROUP, 64, generator=generator)
+
+    def attend(rows, *arguments):
+        out = torch.full_like(query[rows], float("nan"))
+        torch.ops.bita.tree_attention_cpu(
+            query[rows], kv_cache, *arguments, *prompt, out, SCALE, 0.0, -1
+        )
+        return out
+
+    together = attend(slice(None), *TreeMetadata(blocks, context, table).arguments)
+    for i in range(4):
+        alone = StepBlocks.build(TABLE, lines[[i]], blocks.num_rows[[i]])
+        rows = slice(int(blocks.first_row[i]), int(blocks.first_row[i] + blocks.num_rows[i]))
+        arguments = TreeMetadata(alone, context[[i]], table[[i]]).arguments
+        assert torch.equal(attend(rows, *arguments), together[rows])
 
 
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])

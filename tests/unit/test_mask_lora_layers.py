@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from bita_kernels import cpu_kernels
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from torch import nn
 from vllm.model_executor import parameter
@@ -129,6 +130,8 @@ class Model(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.layers = nn.ModuleList([Layer(), Layer()])
+        for weight in self.parameters():
+            weight.data.normal_()  # vLLM leaves them as the memory is
 
 
 @pytest.mark.parametrize(
@@ -179,12 +182,11 @@ def test_only_layers_with_a_delta_are_wrapped(tensor_parallel):
 
 
 def test_a_compiled_layer_reads_the_rows_of_each_step(tensor_parallel):
-    from bita_vllm.runner.cpu import add_mask_lora
-
+    cpu_kernels.register()
+    add_mask_lora = torch.ops.bita.add_mask_lora_cpu
     model, rows, cpu = Model(), MaskRows(8, torch.device("cpu")), torch.device("cpu")
     layer = model.model.layers[0].o_proj
     layer.cpu_linear = nn.functional.linear
-    layer.weight.data.normal_()
     plain = torch.compile(lambda x: layer(x)[0] * 2, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 16)
     expected = plain(x)

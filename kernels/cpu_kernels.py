@@ -1,0 +1,119 @@
+"""`torch.ops.bita.{tree_attention_cpu, add_mask_lora_cpu}`: cpu_kernels.cpp, built for this machine once.
+
+Without a C++ compiler they are their twins in torch, with a warning: the same results, more slowly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
+from torch.utils import cpp_extension
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+CACHE = Path.home() / ".cache" / "bita" / "kernels"
+# Not -ffast-math: a masked score is minus infinity.
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=256",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+]
+BUILD_TIMEOUT_S = 600  # 12 s on an idle machine
+# name: (arguments, twin); what they are stands in the twins
+OPERATIONS = {
+    "tree_attention_cpu": (
+        "(Tensor query, Tensor kv_cache, Tensor block_table, Tensor first_row, Tensor num_rows, "
+        "Tensor context_len, Tensor line, Tensor depth, Tensor ancestors, Tensor mask_index, "
+        "Tensor prompt_keys, Tensor prompt_values, Tensor(a!) out, float scale, float softcap, "
+        "int window) -> ()",
+        tree_attention_cpu_naive,
+    ),
+    "add_mask_lora_cpu": (
+        "(Tensor(a!) output, Tensor x, Tensor lora_a, Tensor lora_b, Tensor parts, Tensor mask_rows, "
+        "Tensor num_mask_rows) -> ()",
+        add_mask_lora_naive,
+    ),
+}
+
+logger = logging.getLogger("vllm.bita")
+_library = torch.library.Library("bita", "FRAGMENT")
+
+
+class BuildError(RuntimeError):
+    """No library could be made from the source on this machine."""
+
+
+@cache
+def register() -> bool:
+    """Make the operations known to torch; False if they are the twins. Builds where no build is found."""
+    for name, (arguments, _) in OPERATIONS.items():
+        _library.define(name + arguments)
+        torch.library.register_fake(f"bita::{name}", lambda *_: None)
+    try:
+        torch.ops.load_library(build(CACHE))
+    except (BuildError, OSError) as error:
+        logger.warning(
+            "bita: no C++ kernels for the CPU (%s); step blocks run in torch operations, several times slower. "
+            "Install a C++ compiler (g++) to have them.",
+            error,
+        )
+        for name, (_, twin) in OPERATIONS.items():
+            _library.impl(name, twin, "CPU")
+        return False
+    return True
+
+
+def build(folder: Path) -> Path:
+    """The library for this source, machine and torch in `folder`; compiled if it is not there.
+
+    Raises:
+        BuildError: there is no compiler, or it fails; the message is its first error.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH")
+    # Says what -march=native means here.
+    macros = run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    key = "\n".join([SOURCE.read_text(), *FLAGS, torch.__version__, macros])
+    library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_paths = [f"-I{path}" for path in cpp_extension.include_paths()]
+    torch_paths += [f"-L{path}" for path in cpp_extension.library_paths()]
+    # Moved into its place when whole: another process may build it at the same time.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / library.name
+        command = [compiler, *FLAGS, *torch_paths, str(SOURCE), "-o", str(made)]
+        run([*command, "-lc10", "-ltorch", "-ltorch_cpu"])
+        made.replace(library)
+    return library
+
+
+def run(command: list[str]) -> str:
+    """Its output. Raises BuildError."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or ["failed"]
+        raise BuildError(f"{command[0]}: {errors[0]}")
+    return done.stdout

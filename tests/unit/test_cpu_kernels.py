@@ -1,0 +1,78 @@
+"""The CPU kernels beside their twins, and what happens where they cannot be built. Attention: test_attention_cpu.py."""
+
+import pytest
+import torch
+from bita_kernels import cpu_kernels
+from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+
+
+def case(dtype, num_mask_rows, rank, num_parts, size_in=70, part_size=37):
+    generator = torch.Generator().manual_seed(num_mask_rows)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    parts = torch.tensor(
+        [[3 + i * part_size, 3 + (i + 1) * part_size] for i in range(num_parts)], dtype=torch.int32
+    )
+    output, x = randn(40, 8 + num_parts * part_size), randn(40, size_in + 5)[:, :size_in]
+    lora_a, lora_b = randn(num_parts * rank, size_in), randn(rank, output.shape[1]).T
+    rows = torch.full((50,), 39)
+    rows[:num_mask_rows] = torch.randperm(39, generator=generator)[:num_mask_rows].sort().values
+    return output, x, lora_a, lora_b, parts, rows, torch.tensor([num_mask_rows])
+
+
+@pytest.mark.parametrize("num_mask_rows", [0, 1, 3, 4, 9, 38])
+@pytest.mark.parametrize("rank, num_parts", [(1, 1), (16, 3), (37, 2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-4), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
+    ids=str,
+)
+def test_deltas_equal_their_twin(dtype, tolerance, rank, num_parts, num_mask_rows):
+    assert cpu_kernels.register(), "it must be built here"
+    output, *arguments = case(dtype, num_mask_rows, rank, num_parts)
+    doubles = [t.double() if t.is_floating_point() else t for t in (output.clone(), *arguments)]
+    add_mask_lora_naive(*doubles)
+    added = output.clone()
+    torch.ops.bita.add_mask_lora_cpu(added, *arguments)
+    scale = doubles[0].abs().max()
+    assert (added.double() - doubles[0]).abs().max() <= tolerance * scale
+    untouched = torch.ones(len(output), dtype=torch.bool)
+    untouched[arguments[4][:num_mask_rows]] = False
+    assert torch.equal(added[untouched], output[untouched])
+
+
+def test_a_mask_row_alone_gets_the_same_bits():
+    cpu_kernels.register()
+    output, *arguments, rows, num = case(torch.float32, 9, 16, 3)
+    together = output.clone()
+    torch.ops.bita.add_mask_lora_cpu(together, *arguments, rows, num)
+    for row in rows[:9]:
+        alone = output.clone()
+        torch.ops.bita.add_mask_lora_cpu(alone, *arguments, row[None], torch.tensor([1]))
+        assert torch.equal(alone[row], together[row])
+
+
+def test_a_build_is_made_once(tmp_path, monkeypatch):
+    made = cpu_kernels.build(tmp_path)
+    monkeypatch.setattr(cpu_kernels, "FLAGS", [*cpu_kernels.FLAGS])
+    modified = made.stat().st_mtime_ns
+    assert cpu_kernels.build(tmp_path) == made and made.stat().st_mtime_ns == modified
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+@pytest.mark.parametrize(
+    "setting, says",
+    [
+        ({"CXX": "/no/such/compiler"}, "/no/such/compiler"),
+        ({"PATH": "/nowhere"}, "neither g++ nor clang\\+\\+ is on the PATH"),
+        ({"CXX": "false"}, "false: failed"),
+    ],
+)
+def test_no_compiler(tmp_path, monkeypatch, setting, says):
+    monkeypatch.delenv("CXX", raising=False)
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(cpu_kernels.BuildError, match=says.replace("g++", "g\\+\\+", 1)):
+        cpu_kernels.build(tmp_path)
