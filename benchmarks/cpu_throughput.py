@@ -467,6 +467,18 @@ def missing_libraries() -> list[str]:
     return [name for name in ("libiomp5", "libtcmalloc") if name not in loaded]
 
 
+def compute_on_every_core() -> None:
+    """Each arm's engine runs in the arm's own process: vLLM's best on few cores.
+
+    Otherwise its engine process waits for its worker in a busy loop, on a core that computes nothing (one request, two
+    cores: plain vLLM 12.7 to 17 tokens/s, in one process 20.4).
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(cores)))
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -515,6 +527,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cpu_throughput: terminated"))
+    compute_on_every_core()
     from tqdm import tqdm
 
     from bita_vllm.embedded import embedded_model_dir

@@ -1,6 +1,6 @@
-"""What a delta for mask rows costs in a linear layer on a CPU: our operation beside vLLM's own LoRA.
+"""What a delta for mask rows costs in a linear layer on a CPU: our kernel beside its twin in torch and vLLM's own LoRA.
 
-Both take a step of blocks with 11 mask rows of 16 each and add the same delta; their outputs are compared
+All take a step of blocks with 11 mask rows of 16 each and add the same delta; their outputs are compared
 before they are timed. vLLM's takes an adapter's number for each row, -1 for none. The control is the layer
 itself. The layers are SmolLM2-135M's, fused as vLLM fuses them. One CSV row a layer, way and number of requests.
 
@@ -14,9 +14,11 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from bita_kernels import cpu_kernels
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from provenance import provenance
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -30,7 +32,7 @@ LAYERS = {
     "down_proj": (1536, (576,)),
 }
 NUM_ROWS, NUM_MASK_ROWS = 16, 11
-WAYS = ("layer", "add_mask_lora", "vLLM LoRA")
+WAYS = ("layer", "add_mask_lora", "in torch", "vLLM LoRA")
 
 
 def main() -> None:
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mask_lora_cpu.csv"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if not cpu_kernels.register():
+        raise SystemExit("mask_lora_cpu: the kernel could not be built, see above; install g++.")
     rows = []
     for num_requests in args.requests:
         total = dict.fromkeys(WAYS, 0.0)
@@ -102,21 +106,28 @@ def ways(layer: str, num_requests: int, rank: int) -> dict[str, Callable[[], Non
     punica_a = tuple(torch.stack([t, torch.zeros_like(t)])[:, None] for t in a)
     punica_b = tuple(torch.stack([t, torch.zeros_like(t)])[:, None] for t in b)
 
+    by_columns = stacked_b.T.contiguous().T
+
     def ours(output: torch.Tensor) -> None:
+        torch.ops.bita.add_mask_lora_cpu(
+            output, x, stacked_a, by_columns, columns, mask_rows, count
+        )
+
+    def twin(output: torch.Tensor) -> None:
         add_mask_lora_naive(output, x, stacked_a, stacked_b, columns, mask_rows, count)
 
     def vllms(output: torch.Tensor) -> None:
         punica.add_lora_linear(output, x, punica_a, punica_b, 1.0, parts)
 
-    outputs = [torch.zeros(num_rows, sum(parts)) for _ in range(2)]
-    ours(outputs[0])
-    vllms(outputs[1])
-    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
+    added = {"add_mask_lora": ours, "in torch": twin, "vLLM LoRA": vllms}
+    outputs = [torch.zeros(num_rows, sum(parts)) for _ in added]
+    for way, output in zip(added.values(), outputs, strict=True):
+        way(output)
+        torch.testing.assert_close(output, outputs[0], rtol=1e-3, atol=1e-4)
     scratch = torch.zeros(num_rows, sum(parts))
     return {
         "layer": lambda: torch.nn.functional.linear(x, weight),
-        "add_mask_lora": lambda: ours(scratch),
-        "vLLM LoRA": lambda: vllms(scratch),
+        **{name: partial(way, scratch) for name, way in added.items()},
     }
 
 
