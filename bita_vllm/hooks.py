@@ -177,6 +177,11 @@ CPU_OVERRIDES = (
         "(self, scheduler_output, model_runner_output)",
     ),
     Hook(
+        f"{_SCHEDULER}.update_draft_token_ids",
+        "requests whose blocks do not pay go without",
+        "(self, draft_token_ids)",
+    ),
+    Hook(
         f"{_STRUCTURED}.grammar_bitmask",
         "advances a grammar along each path of a tree",
         "(self, requests, structured_output_request_ids, scheduled_spec_decode_tokens)",

@@ -24,7 +24,7 @@ from bita_vllm.tuning.online import policy_of
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 logger = init_logger("vllm.bita")
 
@@ -86,10 +86,17 @@ class _BlockScheduler(Scheduler):
         timed = only_decoding and requests_before == num_requests
         self._last_decode = (num_requests if only_decoding else 0, now)
         last_nodes = getattr(output, "last_nodes", [])
-        policy.saw_step(lines, last_nodes, num_requests, now - end_before if timed else None)
+        policy.saw_step(output.req_ids, lines, last_nodes, now - end_before if timed else None)
         if policy.review(now):
             logger.info("bita: rows by load now %s", policy.describe())
         self.dynamic_sd_lookup = policy.lookup
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Stock; requests whose blocks do not pay go without: one row, from which the runner goes on."""
+        super().update_draft_token_ids(draft_token_ids)
+        for request_id in () if self._policy is None else self._policy.resting:
+            if (request := self.requests.get(request_id)) is not None:
+                request.spec_token_ids = []
 
     def make_spec_decoding_stats(
         self,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 MAX_ROWS = 256
+NO_BLOCK = -1  # in place of a line of the template table: a request without a block
 
 
 class TemplateError(ValueError):

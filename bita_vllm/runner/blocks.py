@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bita_vllm.tree import TemplateTable
-
-NO_BLOCK = -1
+from bita_vllm.tree import NO_BLOCK, TemplateTable
 
 
 @dataclass

@@ -24,11 +24,11 @@ from bita_vllm.attention.cpu import (
 )
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.ladder import PLAIN_WIDTH
-from bita_vllm.runner.blocks import NO_BLOCK, NextBlocks, StepBlocks, Walk
+from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.mask_lora import MaskLoraMethod
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
-from bita_vllm.tree import TemplateTable
+from bita_vllm.tree import NO_BLOCK, TemplateTable
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput

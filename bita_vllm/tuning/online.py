@@ -15,8 +15,9 @@ import numpy as np
 
 from bita_vllm.adapter_config import AdapterConfig
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
-from bita_vllm.tree import TemplateTable
+from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree_search import Draft, acceptance_table, evaluate, padded_drafts
+from bita_vllm.tuning.accounts import Accounts
 from bita_vllm.tuning.choose import MIN_GAIN, PLAIN, fastest, gains_over_plain, step_seconds
 from bita_vllm.tuning.cost import MeasuredCost, StepCost
 from bita_vllm.tuning.process import reach_by_depths
@@ -75,9 +76,14 @@ class Acceptance:
         with np.errstate(invalid="ignore", divide="ignore"):
             return reach[self._line, self._node] / parent
 
-    def add(self, lines: Sequence[int], last_nodes: Sequence[int]) -> None:
-        """Blocks of a step: line of the template table (-1 for none), row where the walk stopped."""
-        line, node = np.asarray(lines), np.asarray(last_nodes)
+    def add(
+        self,
+        # [B] line of the template table, -1 for none
+        line: np.ndarray,
+        # [B] row where the walk stopped
+        node: np.ndarray,
+    ) -> None:
+        """Blocks of a step."""
         np.add.at(self._stops, (line[line >= 0], node[line >= 0]), 1.0)
 
     def fade(self) -> None:
@@ -122,14 +128,16 @@ class Cost:
         self.expected = expected
         self._steps = np.zeros(expected.shape)
         self._seconds = np.zeros(expected.shape)
+        self._plain_factor = 1.0
 
-    def add(self, template: int, num_requests: int, seconds: float) -> None:
-        """A step of nothing but such blocks; `template` PLAIN for plain decoding."""
+    def add(self, template: int, num_requests: int, seconds: float, share: float = 1.0) -> None:
+        """A step of such blocks for a share of the requests, one row for the others; PLAIN for plain decoding."""
         cell = template, num_requests - 1
         seen = self._steps[cell]
-        if seen < MIN_SEEN or seconds * seen < LONGEST * self._seconds[cell]:
-            self._steps[cell] += 1
-            self._seconds[cell] += seconds
+        of_rest = (1 - share) * self._plain_factor * self.expected[PLAIN, num_requests - 1]
+        if seen < MIN_SEEN or (seconds - of_rest) * seen < LONGEST * share * self._seconds[cell]:
+            self._steps[cell] += share
+            self._seconds[cell] += seconds - of_rest
 
     def fade(self) -> None:
         """Older evidence counts less."""
@@ -146,7 +154,9 @@ class Cost:
         usual = self.expected.mean(axis=1)  # weight of the prior in seconds
         prior = PRIOR_STEPS * usual
         overall = (seen.sum() + prior.mean()) / (expected.sum() + prior.mean())
-        return (seen.sum(axis=1) + prior * overall) / (expected.sum(axis=1) + prior)
+        found = (seen.sum(axis=1) + prior * overall) / (expected.sum(axis=1) + prior)
+        self._plain_factor = float(found[PLAIN])
+        return found
 
 
 class WidthPolicy:
@@ -192,6 +202,9 @@ class WidthPolicy:
         self.cost = Cost(np.vstack(step_seconds(cost, rows, sizes, context)))
         num_lines = [template.max_depth + 1 for template in templates]  # as TemplateTable has them
         self._template_of_line = np.repeat(np.arange(len(templates)), num_lines)
+        self._rows = rows
+        self._accounts = None if padded else Accounts(TemplateTable(*templates))
+        self._set_prices(self.cost.expected)
         self._reviewed = time.monotonic() if now is None else now
 
     @property
@@ -199,28 +212,40 @@ class WidthPolicy:
         """`[max_num_seqs + 1]` width by number of requests in a step."""
         return self._no_drafts if self._probe else self._table
 
+    @property
+    def resting(self) -> list[str]:
+        """Requests of the last step whose next block is not worth its rows."""
+        return [] if self._accounts is None else self._accounts.resting
+
     def describe(self) -> str:
         """For logs: rows by batch size."""
         return describe_ranges(ranges_of(self._table[1:]))
 
     def saw_step(
         self,
+        requests: Sequence[str],
+        # of each request, -1 without a block; empty in plain decoding
         lines: Sequence[int],
+        # row where its walk stopped
         last_nodes: Sequence[int],
-        num_requests: int,
         seconds: float | None,
     ) -> None:
-        """One step: its blocks (none in plain decoding), and what it took, None if it did other work too."""
-        template = PLAIN
-        if len(lines):
-            self.acceptance.add(lines, last_nodes)
-            line = np.asarray(lines)
-            used = np.where(line >= 0, self._template_of_line[line], PLAIN)
-            template = int(used[0])
-            if (used != template).any():
-                return
+        """One step: its blocks, and what it took, None if it did other work too."""
+        num_requests = len(requests)
+        line = np.asarray(lines) if len(lines) else np.full(num_requests, NO_BLOCK)
+        node = np.asarray(last_nodes) if len(lines) else np.zeros_like(line)
+        has_block = line >= 0
+        self.acceptance.add(line, node)
+        if self._accounts is not None:
+            self._accounts.settle(requests, line, node, self._price[num_requests])
+        used = self._template_of_line[line[has_block]]
+        template = int(used[0]) if len(used) else PLAIN
+        share = len(used) / num_requests if len(used) else 1.0
+        # Padded, a step of blocks and single rows is another kind of step: none for a CUDA graph.
+        if (used != template).any() or (share < 1 and self._accounts is None):
+            return
         if seconds is not None:
-            self.cost.add(template, num_requests, seconds)
+            self.cost.add(template, num_requests, seconds, share)
         if template == PLAIN and self._probe:
             self._probe -= 1
 
@@ -238,7 +263,9 @@ class WidthPolicy:
         if self._plain_is_usable and self.cost.seen(PLAIN) < MIN_SEEN:
             suspect = np.abs(np.log(factors)).max() > SUSPICIOUS
             self._probe = PROBE_STEPS if suspect else 0
-        return self._choose(lengths, seconds[:-1], seconds[-1])
+        changed = self._choose(lengths, seconds[:-1], seconds[-1])
+        self._set_prices(seconds)
+        return changed
 
     def _choose(self, lengths: np.ndarray, seconds: np.ndarray, plain: np.ndarray) -> bool:
         lengths = np.where(self._usable, lengths, 0.0)
@@ -253,6 +280,16 @@ class WidthPolicy:
         for i in np.flatnonzero(change).tolist():
             self._table[i + 1] = self._widths[int(best[i])]
         return bool(change.any())
+
+    def _set_prices(
+        self,
+        # [T+1, N] of a step, plain decoding last
+        seconds: np.ndarray,
+    ) -> None:
+        """Tokens that a row of a block has to bring, by number of requests: what it costs of a plain step."""
+        template = [self._widths.index(width) for width in self._table[1:]]
+        of_step = seconds[template, np.arange(seconds.shape[1])] / seconds[PLAIN] - 1
+        self._price = np.append(0.0, of_step / np.append(self._rows - 1, 1.0)[template])
 
 
 def policy_of(

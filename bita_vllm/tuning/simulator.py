@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
 from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
+from bita_vllm.tree import NO_BLOCK
 from bita_vllm.tuning.cost import StepCost
 from bita_vllm.tuning.online import WidthPolicy
 
@@ -30,6 +32,7 @@ class Simulated:
     Attributes:
         tokens_per_second: output tokens over all requests.
         ratio: to plain decoding.
+        ratio_of_first: of the requests of the first kind alone, to theirs in plain decoding.
         accepted_length: tokens a request gets a step.
         rows: of a request in a step.
         width: for this concurrency, at the end.
@@ -37,6 +40,7 @@ class Simulated:
 
     tokens_per_second: float
     ratio: float
+    ratio_of_first: float
     accepted_length: float
     rows: float
     width: int
@@ -54,52 +58,68 @@ def simulate(
     num_walks: int = 20_000,
     seed: int = 0,
     policy: WidthPolicy | None = None,
+    others: Sequence[np.ndarray] = (),
 ) -> Simulated:
     """Serve answers drawn at random until about `num_walks` blocks were walked.
 
     `padded`: blocks always have R rows, as on a GPU. Every answer joins at a random place of its own.
     With `policy` widths follow what it sees of the load, else the ladder's table; it starts at second 0.
+    `others`: a second kind of answers, which every second request draws from.
     """
     rng = np.random.default_rng(seed)
-    answers = [trace.tolist() for trace in traces if len(trace) > 1]
+    kinds = [[t.tolist() for t in kind if len(t) > 1] for kind in (traces, others) if len(kind)]
     walker = TreeWalker(*(ladder.templates[w] for w in ladder.widths))
     num_rows = walker.table.num_rows.tolist()
     table = ladder.lookup(concurrency).tolist()
 
-    def join(from_start: bool) -> tuple[list[list[int]], int, Sources]:
-        answer = answers[rng.integers(len(answers))]
-        return answer, 0 if from_start else int(rng.integers(len(answer) - 1)), []
+    names = map(str, count())
 
-    flight = [join(from_start=False) for _ in range(concurrency)]
+    def join(i: int, from_start: bool) -> tuple[str, list[list[int]], int, Sources]:
+        answers = kinds[i % len(kinds)]
+        answer = answers[rng.integers(len(answers))]
+        return next(names), answer, 0 if from_start else int(rng.integers(len(answer) - 1)), []
+
+    flight = [join(i, from_start=False) for i in range(concurrency)]
     num_steps = max(10, num_walks // concurrency)
-    tokens = rows = 0
+    tokens = [0] * len(kinds)
+    rows = 0
     now = 0.0
     for _ in range(num_steps):
         width = (table if policy is None else policy.lookup)[concurrency]
         step_rows = concurrency
-        lines: list[int] = []
-        last_nodes: list[int] = []
-        for i, (answer, root, sources) in enumerate(flight):
+        requests = [name for name, *_ in flight]
+        resting = set() if policy is None else set(policy.resting)
+        lines = [NO_BLOCK] * concurrency
+        last_nodes = [0] * concurrency
+        for i, (name, answer, root, sources) in enumerate(flight):
             emitted: int = 1
             after: Sources = []
-            if width != PLAIN_WIDTH:
+            if width != PLAIN_WIDTH and name not in resting:
                 step = walker.step(answer, root, sources, ladder.widths.index(width))
-                lines.append(step.line)
-                last_nodes.append(step.last_node)
+                lines[i], last_nodes[i] = step.line, step.last_node
                 emitted, after = step.emitted, step.sources
                 step_rows += width if padded else num_rows[step.line] - 1
-            tokens += emitted
+            tokens[i % len(kinds)] += emitted
             root += emitted
-            flight[i] = (answer, root, after) if root < len(answer) - 1 else join(from_start=True)
+            goes_on = root < len(answer) - 1
+            flight[i] = (name, answer, root, after) if goes_on else join(i, from_start=True)
         rows += step_rows
         seconds = cost.seconds(concurrency, step_rows, context)
         now += seconds
         if policy is not None:
-            policy.saw_step(lines, last_nodes, concurrency, seconds)
+            policy.saw_step(requests, lines, last_nodes, seconds)
             policy.review(now)
     plain = concurrency / cost.seconds(concurrency, concurrency, context)
+    of_first = len(range(0, concurrency, len(kinds))) / concurrency
     walks = num_steps * concurrency
-    return Simulated(tokens / now, tokens / now / plain, tokens / walks, rows / walks, width)
+    return Simulated(
+        tokens_per_second=sum(tokens) / now,
+        ratio=sum(tokens) / now / plain,
+        ratio_of_first=tokens[0] / now / (plain * of_first),
+        accepted_length=sum(tokens) / walks,
+        rows=rows / walks,
+        width=width,
+    )
 
 
 def synthetic_traces(

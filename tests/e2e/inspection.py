@@ -19,8 +19,7 @@ from e2e.engines import ON_GPU_RUNNER
 from transformers import AutoModelForCausalLM
 from vllm import RequestOutput
 
-from bita_vllm.runner.blocks import NO_BLOCK
-from bita_vllm.tree import TemplateTable
+from bita_vllm.tree import NO_BLOCK, TemplateTable
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from e2e.engines import (
     engine,
     generate,
     make_adapter,
+    metric,
     run,
 )
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.scheduler import depth_of_line
 from bita_vllm.tree import Template, TemplateTable
 
 VOCAB_SIZE = 64
@@ -126,3 +128,44 @@ def test_widths_follow_what_is_accepted(tiny_model, tmp_path, monkeypatch):
     has_block = np.array([step.line >= 0 for step in steps])
     assert has_block[: len(steps) // 20].any()
     assert not has_block[-len(steps) // 4 :].any()
+
+
+def test_requests_whose_drafts_are_wrong_go_without(tiny_model, tmp_path, monkeypatch):
+    """An oracle that knows what every second request says: these keep their blocks, the others get few."""
+    model = tiny_model("llama", vocab_size=VOCAB_SIZE)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    widths = dict(zip(WIDTHS, TEMPLATES, strict=True))
+    # A block of ten rows more costs a fifth of a token.
+    costs = {
+        "step_seconds": [[n, rows, 0.01 + 0.0002 * (rows - 1)] for n in (1, 8) for rows in (1, 11)]
+    }
+    Ladder(widths, [(1, 8, WIDTHS[1]), (9, 9, 0)], costs).save(adapter / LADDER_FILE)
+    monkeypatch.setattr("bita_vllm.tuning.online.REVIEW_SECONDS", 1e9)
+    requests = [
+        (prompt, SamplingParams(temperature=i // 2 % 2, seed=i, max_tokens=200, ignore_eos=True))
+        for i, (prompt, _) in enumerate(make_requests()[:6])
+    ]
+    plain = run(model, requests)
+    with (
+        oracle(known(plain[::2])),
+        recorded_steps() as steps,
+        engine(model, {"model": str(adapter)}) as llm,
+    ):
+        before = metric(llm, "spec_decode_num_draft_tokens")
+        outputs = generate(llm, requests)
+        drafted = metric(llm, "spec_decode_num_draft_tokens") - before
+    for theirs, ours in zip(plain, outputs, strict=True):
+        assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids)
+
+    by_request = [[s for s in steps if s.request.split("-")[0] == o.request_id] for o in outputs]
+    for i, own in enumerate(by_request):
+        has_block = np.array([step.line >= 0 for step in own])
+        print(i, len(own), int(has_block.sum()), np.flatnonzero(np.diff(has_block)).tolist())
+        if i % 2 == 0:
+            assert has_block[1:].all(), "all but the prefill"
+            assert len(own) < 120
+        else:
+            assert has_block[1:8].all() and has_block.mean() < 0.4
+            assert has_block[50:].any(), "another trial"
+    offered = depth_of_line(TemplateTable(*TEMPLATES))
+    assert drafted == sum(int(offered[step.line, -1]) for step in steps if step.line >= 0)
