@@ -31,7 +31,6 @@ FLAGS = [
     "-fno-trapping-math",
     "-fopenmp",
     "-fPIC",
-    "-shared",
 ]
 BUILD_TIMEOUT_S = 600  # 12 s on an idle machine
 # name: (arguments, twin); what they are stands in the twins
@@ -94,13 +93,15 @@ def build(folder: Path) -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    torch_paths = [f"-I{path}" for path in cpp_extension.include_paths()]
-    torch_paths += [f"-L{path}" for path in cpp_extension.library_paths()]
+    headers = [f"-I{path}" for path in cpp_extension.include_paths()]
+    torch_folder = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Moved into its place when whole: another process may build it at the same time.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / library.name
-        command = [compiler, *FLAGS, *torch_paths, str(SOURCE), "-o", str(made)]
-        run([*command, "-lc10", "-ltorch", "-ltorch_cpu"])
+        compiled, made = f"{scratch}/kernels.o", Path(scratch) / library.name
+        run([compiler, *FLAGS, *headers, "-c", str(SOURCE), "-o", compiled])
+        # OpenMP is the one that torch has loaded: a second one would have threads of its own.
+        torch_libraries = [*torch_folder, "-lc10", "-ltorch", "-ltorch_cpu"]
+        run([compiler, "-shared", compiled, "-o", str(made), *torch_libraries])
         made.replace(library)
     return library
 
