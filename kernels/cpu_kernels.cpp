@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -33,18 +34,21 @@ inline Lanes load(const float* from) {
 
 inline void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
-// e^x for x <= 0 within 2 units in the last place; a loop over it becomes vector code.
+// e^x for x <= 0 within 2 units in the last place, in operations that compilers make vectors of.
 inline float exp_of(float x) {
   const float clamped = std::max(x, -87.0f);
-  const float n = std::nearbyint(clamped * 1.44269504f);
-  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, clamped));
-  float e = 1.0f / 5040;
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) e = std::fma(e, r, c);
-  union {
-    int32_t bits;
-    float value;
-  } power{(static_cast<int32_t>(n) + 127) << 23};
-  return x < -87.0f ? 0.0f : e * power.value;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // its low bits are the nearest integer, n
+  const float n = shifted - 12582912.0f;
+  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float e = r * (1.0f / 5040) + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + (127u << 23));
+  return x < -87.0f ? 0.0f : e * power;
 }
 
 // to[i][0..lanes) += sum over k of a[i][k] * b[k][0..lanes), for N values of i.
