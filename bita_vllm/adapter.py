@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,30 +123,6 @@ class Adapter:
         """Bytes the tensors take, deltas included."""
         own = sum(getattr(self, name).nbytes for name in TENSORS)
         return own + (self.mask_lora.num_bytes if self.mask_lora else 0)
-
-    def shard(self, tp_rank: int, tp_size: int) -> "Adapter":
-        """The adapter as one tensor-parallel rank holds it; the config stays the whole model's.
-
-        KV heads are dealt as vLLM deals the model's own: consecutive heads to consecutive ranks,
-        and when there are fewer heads than ranks, each head to tp_size / Hkv neighbours.
-        Raises AdapterError if that does not come out even.
-        """
-        heads = self.config.model.num_kv_heads
-        if not 0 <= tp_rank < tp_size:
-            raise AdapterError(f"Tensor-parallel rank {tp_rank} is outside 0..{tp_size - 1}.")
-        if max(heads, tp_size) % min(heads, tp_size):
-            raise AdapterError(
-                f"{self.config.label} has num_kv_heads {heads}, which does not divide evenly over "
-                f"tensor_parallel_size {tp_size}; choose a size that divides {heads} or is a "
-                "multiple of it."
-            )
-        first = tp_rank * heads // tp_size
-        last = first + max(1, heads // tp_size)
-        return replace(
-            self,
-            prompt_keys=self.prompt_keys[:, :, first:last].contiguous(),
-            prompt_values=self.prompt_values[:, :, first:last].contiguous(),
-        )
 
 
 def resolve_adapter_dir(name_or_path: str | Path, revision: str | None = None) -> Path:

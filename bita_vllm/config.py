@@ -346,9 +346,16 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
 
 def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     """(feature as the user knows it, whether this engine has it)."""
-    for name in ("tensor", "pipeline", "data", "prefill_context", "decode_context"):
-        size = getattr(c.parallel_config, f"{name}_parallel_size")
+    parallel = c.parallel_config
+    for name in ("pipeline", "data", "prefill_context", "decode_context"):
+        size = getattr(parallel, f"{name}_parallel_size")
         yield f"{name.replace('_', ' ')} parallelism ({name}_parallel_size {size})", size > 1
+    # There every rank has a scheduler of its own, and their clocks would choose different widths.
+    launcher = parallel.distributed_executor_backend
+    feature = f"ranks that are started from outside (distributed_executor_backend {launcher!r})"
+    yield feature, launcher == "external_launcher" and parallel.world_size > 1
+    sharded = bool(parallel.enable_batch_sharded_sampling)
+    yield "sampling in shards of the batch (enable_batch_sharded_sampling)", sharded
     yield "text watermarking (watermark_config)", c.watermark_config is not None
     yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
     cache = c.cache_config

@@ -98,13 +98,15 @@ def put_in_adapter(
         )
         added += delta_bytes
         deltas = f", deltas of rank {adapter.mask_lora.rank} ({delta_bytes / 2**20:.1f} MiB)"
-    logger.info(
-        "bita: adapter %s, step block of %s%s, %.1f MiB added.",
-        settings.adapter_dir,
-        settings.ladder.describe(),
-        deltas,
-        added / 2**20,
-    )
+    if rank == 0:
+        logger.info(
+            "bita: adapter %s, step block of %s%s, %.1f MiB added%s.",
+            settings.adapter_dir,
+            settings.ladder.describe(),
+            deltas,
+            added / 2**20,
+            f" to each of {num_ranks} ranks" if num_ranks > 1 else "",
+        )
     return mask_rows
 
 

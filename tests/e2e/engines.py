@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import v2_on_cpu
 from transformers import AutoModelForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.executor import multiproc_executor
 
 from bita_vllm import config as bita_config
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
@@ -73,6 +75,10 @@ def engine(
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         # vLLM does it a dozen times an engine: seconds, as long as all the rest of a tiny one's start.
         patch.setattr(gc, "collect", lambda generation=2: 0)
+        # Tensor-parallel ranks: forked, as importing vLLM anew takes a quarter of a minute; this
+        # process has one thread and all of our patches, and so have they.
+        patch.setattr(multiproc_executor, "get_mp_context", lambda: get_context("fork"))
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         if ON_GPU_RUNNER:
             from vllm.v1.attention.backends import triton_attn
             from vllm.v1.attention.ops import triton_unified_attention

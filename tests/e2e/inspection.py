@@ -1,4 +1,4 @@
-"""Looking into a runner of this process, and putting known tokens into its blocks.
+"""Looking into the runner of a process, and putting known tokens into its blocks.
 
 Both runners: vLLM's CPU runner, and the V2 runner when the tests run with `--runner gpu`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import torch
 from e2e.engines import ON_GPU_RUNNER
 from transformers import AutoModelForCausalLM
-from vllm import RequestOutput
+from vllm import LLM, RequestOutput
 
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 
@@ -304,3 +304,19 @@ def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
 
     patch.setattr(BitaGPUModelRunner, "sample", sampling)
     patch.setattr(BlockSpeculator, "propose", proposing)
+
+
+def enter_in_ranks(
+    llm: LLM, *contexts: Callable[[], AbstractContextManager]
+) -> Callable[[], list[list[Any]]]:
+    """Enter `contexts` in the process of every tensor-parallel rank, until the engine ends.
+
+    What comes back fetches what they have yielded: one list a rank, in the order of `contexts`.
+    """
+
+    def enter(worker: Any) -> None:
+        worker.inspection = ExitStack()
+        worker.inspected = [worker.inspection.enter_context(make()) for make in contexts]
+
+    llm.collective_rpc(enter)
+    return lambda: llm.collective_rpc(lambda worker: worker.inspected)

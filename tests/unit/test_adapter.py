@@ -447,36 +447,6 @@ def test_shape_without_head_dim_or_kv_heads(head_dim: dict[str, Any]) -> None:
     assert ModelShape.from_hf_config(config) == ModelShape(2, 32, 4, 8, 100)
 
 
-# Tensor parallelism
-
-
-@pytest.mark.parametrize(
-    ("heads", "tp_size", "dealt"),
-    [
-        (4, 1, [[0, 1, 2, 3]]),
-        (4, 2, [[0, 1], [2, 3]]),
-        (4, 4, [[0], [1], [2], [3]]),
-        (2, 4, [[0], [0], [1], [1]]),
-        (1, 2, [[0], [0]]),
-    ],
-)
-def test_shards_deal_kv_heads_as_vllm_does(
-    heads: int, tp_size: int, dealt: list[list[int]]
-) -> None:
-    adapter = random_adapter(ModelShape(2, 32, heads, 8, 100), 3, 4, seed=0)
-    for rank, kv_heads in enumerate(dealt):
-        shard = adapter.shard(rank, tp_size)
-        assert torch.equal(shard.prompt_keys, adapter.prompt_keys[:, :, kv_heads])
-        assert torch.equal(shard.prompt_values, adapter.prompt_values[:, :, kv_heads])
-        assert torch.equal(shard.mask_embeddings, adapter.mask_embeddings)
-
-
-def test_uneven_shards_are_refused() -> None:
-    adapter = random_adapter(ModelShape(2, 32, 3, 8, 100), 3, 4, seed=0)
-    assert_refused(lambda: adapter.shard(0, 2), "num_kv_heads 3", "tensor_parallel_size 2")
-    assert_refused(lambda: adapter.shard(3, 3), "rank 3", "0..2")
-
-
 # Where adapters come from
 
 

@@ -303,11 +303,15 @@ ENGINE = {
         {"scheduler_cls": "mine.Scheduler"},
         ["scheduler_cls", "'mine.Scheduler'"],
     ),
-    "tensor parallel": (
-        {"tensor_parallel_size": 2},
-        ["tensor parallelism", "tensor_parallel_size 2"],
+    "pipeline parallel": (
+        {"pipeline_parallel_size": 2},
+        ["pipeline parallelism", "pipeline_parallel_size 2"],
     ),
-    "pipeline parallel": ({"pipeline_parallel_size": 2}, ["pipeline parallelism"]),
+    "data parallel": ({"data_parallel_size": 2}, ["data parallelism", "data_parallel_size 2"]),
+    "external launcher": (
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+        ["'external_launcher'"],
+    ),
     "LoRA": ({"enable_lora": True, "max_lora_rank": 8}, ["LoRA"]),
     "quantised KV cache": ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2'"]),
     "prompt embeddings": ({"enable_prompt_embeds": True}, ["prompt embeddings"]),
@@ -325,6 +329,10 @@ ENGINE = {
 def test_engine_that_cannot_serve_bita_is_refused_by_name(make, engine, facts):
     message = refused(lambda: make({"tree": "5,4,3"}, **engine))
     assert all(fact in message for fact in facts), message
+
+
+def test_tensor_parallelism_is_served(make):
+    assert get_settings(make(tensor_parallel_size=2)).num_mask_tokens == 3
 
 
 def test_model_runner_v2_on_cpu_is_refused(make, monkeypatch):
@@ -443,6 +451,11 @@ def on_gpu(monkeypatch):
 def test_gpu_refuses_the_v1_runner(make, on_gpu, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert "VLLM_USE_V2_MODEL_RUNNER=0 is set" in refused(make)
+
+
+def test_batch_sharded_sampling_is_refused(make, on_gpu):
+    options = {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}
+    assert "enable_batch_sharded_sampling" in refused(lambda: make(**options))
 
 
 def test_gpu_refuses_another_attention_backend(make, on_gpu):

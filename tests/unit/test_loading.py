@@ -11,7 +11,7 @@ HEAD_SIZE, HIDDEN = 4, 8
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_ranks"), [(8, 1), (8, 2), (8, 8), (2, 4), (1, 4), (4, 2)]
+    ("num_heads", "num_ranks"), [(8, 1), (8, 2), (8, 8), (2, 4), (1, 4), (1, 2), (4, 2)]
 )
 def test_kv_heads_of_a_rank_are_vllms(monkeypatch, num_heads, num_ranks):
     """vLLM's own layer loads a key projection whose rows say which head they belong to."""
