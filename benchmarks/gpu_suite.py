@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_throughput as shared
+from cpu_engines import measure
 from provenance import ROOT, provenance
 
 PARTS = ("correctness", "kernels", "steps", "throughput")
@@ -205,8 +206,8 @@ def throughput(case: str, arm: str, size: Size, args: argparse.Namespace) -> lis
         for concurrency in size.concurrency:
             chosen = shared.rotate(prompts, 0, 2 * concurrency)
             if not args.dry:
-                shared.measure(core, concurrency, chosen[:concurrency], 16)  # warm
-            measured = shared.measure(core, concurrency, chosen, size.max_tokens)
+                measure(core, concurrency, chosen[:concurrency], 16)  # warm
+            measured = measure(core, concurrency, chosen, size.max_tokens)
             rows.append({
                 "concurrency": concurrency,
                 "tokens_per_second": round(measured.tokens_per_second, 1),
