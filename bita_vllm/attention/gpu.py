@@ -1,13 +1,13 @@
 """GPU attention backend: vLLM's Triton backend, with tree attention in steps that hold blocks.
 
 KV layout, cache writes and metadata are stock (vllm/v1/attention/backends/triton_attn.py), so steps
-without blocks (prefill) run in vLLM's own kernel.
+without blocks run in vLLM's own kernels: prefill in FlashAttention where it fits (prefill.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -21,7 +21,11 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
+from bita_vllm.attention import prefill
 from bita_vllm.runner.gpu_trees import StepTrees
+
+if TYPE_CHECKING:  # it does not import everywhere
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 PROGRAMS_PER_PROCESSOR = 2
 MAX_WORKSPACE_BYTES = 2**28
@@ -69,6 +73,8 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     config: AttentionConfig
     # shared by all layers of a shape; None: the longest sequence is one split
     workspace: Workspace | None = None
+    # for prefill; None: Triton
+    flash: FlashAttentionImpl | None = None
 
     def set_prompt_tokens(
         self,
@@ -108,6 +114,10 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     ) -> torch.Tensor:
         """As TritonAttentionImpl.forward: query `[rows, Hq, D]`, writes and returns output."""
         if attn_metadata is None or attn_metadata.trees is None:
+            if attn_metadata is not None and attn_metadata.max_query_len > 1 and self.flash:
+                return prefill.attend(
+                    self.flash, layer, query, key, value, kv_cache, attn_metadata, output
+                )
             return super().forward(
                 layer,
                 query,
