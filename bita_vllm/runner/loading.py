@@ -151,6 +151,8 @@ def _refuse_layer(name: str, layer: Attention, impl_cls: Any) -> None:
         feature = "ALiBi"
     elif impl.sinks is not None and not impl_cls.takes_sinks:
         feature = "attention sinks"
+    elif getattr(impl, "chunk_lookback", -1) > -1:
+        feature = "attention in chunks"
     elif impl.kv_sharing_target_layer_name is not None:
         feature = "KV caches shared between layers"
     if feature is not None:
