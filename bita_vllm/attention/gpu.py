@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from bita_vllm.attention import prefill
+from bita_vllm.config import FP8_CACHES
 from bita_vllm.runner.gpu_trees import StepTrees
 
 if TYPE_CHECKING:  # it does not import everywhere
@@ -67,6 +68,7 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     """One layer: stock for steps without blocks, tree attention for the others."""
 
     takes_sinks = True
+    quantised_caches = FP8_CACHES
     # [P, Hkv, D] each, in the model's dtype
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor
@@ -132,6 +134,13 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         trees, rows = attn_metadata.trees, attn_metadata.num_actual_tokens
         num_requests = len(attn_metadata.seq_lens)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        scales: dict[str, Any] = {}  # one fp32 number each
+        if self.kv_cache_dtype in FP8_CACHES:
+            caches = (key_cache, value_cache)
+            key_cache, value_cache = (cache.view(self.fp8_dtype) for cache in caches)
+            scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+            if query.dtype == self.fp8_dtype:  # on CUDA, where vLLM quantises queries, too
+                scales["q_scale"] = layer._q_scale
         tree_attention(
             query[:rows],
             key_cache,
@@ -151,6 +160,7 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
             window=self.sliding_window[0] + 1,
             softcap=self.logits_soft_cap,
             sinks=self.sinks,
+            **scales,
             workspace=self._workspace_for(num_requests, trees, attn_metadata.max_seq_len),
         )
         return output

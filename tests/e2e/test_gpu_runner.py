@@ -18,11 +18,14 @@ from naive_flash import NaiveFlash
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends import flash_attn, triton_attn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from bita_vllm import config as bita_config
 from bita_vllm.attention import prefill
 from bita_vllm.ladder import Ladder
+from bita_vllm.runner.loading import attention_backend
 from bita_vllm.tree import Template
 
 pytestmark = [
@@ -222,6 +225,52 @@ def test_tokens_equal_plain_v2_with_prefill_in_flash_attention(tiny_model, tmp_p
     chunks = [(call["max_seqlen_q"], call["max_seqlen_k"]) for call in naive.calls]
     assert chunks == [(n, k) for n, k in ((5, 5), (48, 48), (22, 70), (6, 6)) for _ in layers]
     assert sum(step.line >= 0 for step in steps) > 5
+
+
+@pytest.mark.parametrize("fp8_queries", [False, True])
+def test_tokens_equal_plain_v2_with_an_fp8_cache(
+    case, adapter_with_deltas, monkeypatch, fp8_queries
+):
+    """Plain V2 in vLLM's Triton backend: its CPU kernels take fp8 on AVX-512 only. Scales are not 1.
+
+    On CUDA vLLM quantises queries, too, and its kernel then rounds the weights of the values to fp8, which
+    tree attention does not: here neither does.
+    """
+    model = case[0]
+    init, unified_attention = TritonAttentionImpl.__init__, triton_attn.unified_attention
+
+    def as_on_cuda(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.supports_quant_query_input = fp8_queries
+
+    def with_exact_weights(**given):
+        given["seq_threshold_3D"] = None  # one pass over the context is quicker in the interpreter
+        quantised.append(given["q"].dtype == torch.float8_e4m3fn)
+        if quantised[-1]:
+            given["q"] = given["q"].to(given["out"].dtype) * given["q_descale"]
+            given["q_descale"] = None
+        return unified_attention(**given)
+
+    def with_scales(llm):
+        for layer in runner_of(llm).compilation_config.static_forward_context.values():
+            assert layer.kv_cache.dtype == torch.uint8
+            for name, scale in {"_q_scale": 0.03, "_k_scale": 0.07, "_v_scale": 0.013}.items():
+                getattr(layer, name).fill_(scale)
+        return llm
+
+    quantised = []
+    monkeypatch.setattr(TritonAttentionImpl, "__init__", as_on_cuda)
+    monkeypatch.setattr(triton_attn, "unified_attention", with_exact_weights)
+    options = {**OPTIONS, "kv_cache_dtype": "fp8"}
+    triton = attention_backend(AttentionBackendEnum.CPU_ATTN, TritonAttentionBackend)
+    with triton, engine(model, **options) as llm:
+        plain = generate(with_scales(llm), requests(5, max_tokens=8))
+    bita = {"model": str(adapter_with_deltas), "tree": "3,2"}
+    with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **options) as llm:
+        outputs = generate(with_scales(llm), requests(5, max_tokens=8))
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    assert set(quantised) == {fp8_queries}
+    assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
 
 
 def test_mask_logits_with_deltas_equal_the_trainers(case, adapter_with_deltas):

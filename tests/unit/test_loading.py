@@ -53,12 +53,15 @@ def layer_of(impl_cls, kv_cache_dtype="auto", **given):
     [
         (TreeTritonAttentionImpl, {"chunk_lookback": 1}, "attention in chunks"),
         (TreeTritonAttentionImpl, {"alibi_slopes": torch.ones(1)}, "ALiBi"),
+        (TreeTritonAttentionImpl, {"kv_cache_dtype": "fp8_e5m2"}, "KV cache of type fp8_e5m2"),
+        (TreeCPUAttentionImpl, {"kv_cache_dtype": "fp8"}, "KV cache of type fp8"),
         (TreeCPUAttentionImpl, {"sinks": torch.ones(1)}, "attention sinks"),
-        (TreeTritonAttentionImpl, {"sinks": torch.ones(1)}, None),
+        (TreeTritonAttentionImpl, {"sinks": torch.ones(1), "kv_cache_dtype": "fp8"}, None),
         (TreeCPUAttentionImpl, {}, None),
     ],
 )
 def test_layers_that_attend_otherwise_are_refused_by_name(impl_cls, given, feature):
+    """fp8 caches, too, that only the checkpoint asks for."""
     layer = layer_of(impl_cls, **given)
     if feature is None:
         _refuse_layer("model.layers.3.attn", layer, impl_cls)
