@@ -35,6 +35,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 NUM_MASKS = 3
 # arm -> tree; with three masks a block has 4 * (1 + nodes) rows
 ARMS = {"plain": None, "bita 16 rows": "2,1", "bita 52 rows": "5,4,3"}
+# in correctness only, to compare with prefill in FlashAttention
+TRITON_PREFILL = "bita 16 rows, prefill in Triton"
+ARMS[TRITON_PREFILL] = ARMS["bita 16 rows"]
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3-8B": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
@@ -67,7 +70,7 @@ class Size:
     requests: tuple[int, ...]
     steps: int
     limit: int  # seconds that an arm may take
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(arm for arm in ARMS if arm != TRITON_PREFILL)
 
 
 FULL = Size(32, 64, (1, 8, 32, 128), (512, 4096, 16384), (1, 8), 32, 150)
@@ -97,6 +100,10 @@ def engine(
     from bita_vllm import plugin
 
     plugin.register()  # also where the package is on the path, but not installed
+    if arm == TRITON_PREFILL:
+        from bita_vllm.attention import prefill
+
+        prefill.VERSIONS = ()
     if speculative:
         options["speculative_config"] = {"method": "bita", **speculative}
     elif args.plain_backend:
@@ -137,13 +144,16 @@ def correctness(case: str, arm: str, size: Size, args: argparse.Namespace) -> li
         prompts, dtype = shared.load_prompts(str(model))[: size.prompts], "bfloat16"
     with engine(model, adapter, arm, args, dtype=dtype, max_model_len=1024) as core:
         completions = finished(core, prompts, greedy(size.max_tokens, logprobs=2))
+        layers = core.vllm_config.compilation_config.static_forward_context.values()
+        flash = {getattr(layer.impl, "flash", None) is not None for layer in layers}
+    prefill = " and ".join("FlashAttention" if used else "Triton" for used in sorted(flash))
     rows = []
     for completion in completions:
         tops = [
             sorted((p.logprob for p in top.values()), reverse=True) for top in completion.logprobs
         ]
         gaps = [round(top[0] - top[1], 5) for top in tops]
-        rows.append({"tokens": list(completion.token_ids), "gaps": gaps})
+        rows.append({"tokens": list(completion.token_ids), "gaps": gaps, "prefill": prefill})
     return rows
 
 
@@ -255,7 +265,10 @@ def run_part(part: str, args: argparse.Namespace) -> tuple[list[str], list[list[
     rows: list[dict[str, Any]] = []
     for case in CASES[part][args.dry]:
         plain: list[dict[str, Any]] | None = None
-        for arm in (DRY if args.dry else FULL).arms:
+        arms = (DRY if args.dry else FULL).arms
+        if (part, case) == ("correctness", "embedded"):  # fp32 has no FlashAttention
+            arms += (TRITON_PREFILL,)
+        for arm in arms:
             measured = run_arm(part, case, arm, args)
             plain = measured if arm == "plain" else plain
             if measured is None:
@@ -273,7 +286,8 @@ def beside_plain(
     """An arm's rows with plain vLLM's figure next to them."""
     if part == "correctness":
         if arm != "plain":
-            yield {"case": case, "arm": arm, **differences(rows, plain or [])}
+            prefill = rows[0]["prefill"]
+            yield {"case": case, "arm": arm, "prefill": prefill, **differences(rows, plain or [])}
         return
     figure = "step_ms" if part == "steps" else "tokens_per_second"
     for i, row in enumerate(rows):

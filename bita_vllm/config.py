@@ -40,6 +40,8 @@ CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
 GPU_WORKER_CLS = "bita_vllm.runner.gpu.BitaGPUWorker"
 SCHEDULER_CLS = "bita_vllm.scheduler.BitaScheduler"
 ASYNC_SCHEDULER_CLS = "bita_vllm.scheduler.BitaAsyncScheduler"
+# fp8 with one scale for all keys of a layer and one for all values: what tree attention reads on a GPU.
+FP8_CACHES = ("fp8", "fp8_e4m3")
 OPTIONS = ("method", "model", "num_speculative_tokens", "tree", "ladder")
 
 
@@ -360,7 +362,11 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
     cache = c.cache_config
     quantised = is_quantized_kv_cache(cache.cache_dtype)
-    yield f"a quantised KV cache (kv_cache_dtype {cache.cache_dtype!r})", quantised
+    served = on_gpu() and cache.cache_dtype in FP8_CACHES
+    place = "a GPU" if on_gpu() else "CPU"
+    yield f"kv_cache_dtype {cache.cache_dtype!r} on {place}", quantised and not served
+    skipped = quantised and bool(cache.kv_cache_dtype_skip_layers)
+    yield "a KV cache quantised in some layers only (kv_cache_dtype_skip_layers)", skipped
     shared = cache.kv_sharing_fast_prefill
     yield "fast prefill over shared KV (kv_sharing_fast_prefill)", shared
 

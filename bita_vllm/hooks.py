@@ -201,6 +201,7 @@ CPU_OVERRIDES = (
 _V2 = "vllm.v1.worker.gpu"
 _V2_RUNNER = f"{_V2}.model_runner:GPUModelRunner"
 _TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+_FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
 
 GPU_OVERRIDES = (
     Hook(
@@ -336,4 +337,28 @@ GPU_OVERRIDES = (
         "(self, common_prefix_len, common_attn_metadata, fast_build=)",
     ),
     Hook("vllm.forward_context:get_forward_context", "whether a step holds blocks", "()"),
+)
+
+# Not needed to serve: where one does not hold, prefill stays in vLLM's Triton attention.
+PREFILL_HOOKS = (
+    Hook(
+        f"{_FLASH_ATTENTION}:FlashAttentionImpl.__init__",
+        "prefill in FlashAttention",
+        "(self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
+        "kv_cache_dtype, logits_soft_cap=, attn_type=, kv_sharing_target_layer_name=, sinks=)",
+    ),
+    Hook(
+        f"{_FLASH_ATTENTION}:FlashAttentionImpl.forward",
+        "prefill in FlashAttention",
+        "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
+        "output_block_scale=)",
+    ),
+    Hook(
+        "vllm.v1.attention.backend:AttentionBackend.validate_configuration",
+        "whether FlashAttention takes a layer",
+        "(cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, "
+        "use_mm_prefix, use_per_head_quant_scales, device_capability, attn_type, "
+        "has_sliding_window=, use_non_causal=, use_batch_invariant=, use_kv_connector=, use_pcp=, "
+        "use_adaptive_verification=, use_dcp=, use_rswa=)",
+    ),
 )

@@ -65,9 +65,9 @@ class Workspace:
 
 
 def tree_attention(
-    # [rows, Hq, D] fp32, fp16 or bf16; the last dimension packed
+    # [rows, Hq, D] out's dtype, or fp8; the last dimension packed
     query: torch.Tensor,
-    # [num_blocks, block_size, Hkv, D], any strides but the last; the queries' dtype, or fp8
+    # [num_blocks, block_size, Hkv, D], any strides but the last; out's dtype, or fp8
     key_cache: torch.Tensor,
     # [num_blocks, block_size, Hkv, D]
     value_cache: torch.Tensor,
@@ -80,11 +80,11 @@ def tree_attention(
     # [B] int32, line of the table; -1: causal
     line: torch.Tensor,
     table: TreeTable,
-    # [P, Hkv, D], the queries' dtype, contiguous
+    # [P, Hkv, D], out's dtype, contiguous
     prompt_keys: torch.Tensor,
     # [P, Hkv, D]
     prompt_values: torch.Tensor,
-    # Output. [rows, Hq, D]
+    # Output. [rows, Hq, D] fp32, fp16 or bf16
     out: torch.Tensor,
     *,
     scale: float,
@@ -95,7 +95,8 @@ def tree_attention(
     softcap: float = 0.0,
     # [Hq] any float type, logits of attention sinks
     sinks: torch.Tensor | None = None,
-    # one fp32 number each, what an fp8 key or value is multiplied with
+    # one fp32 number each, what an fp8 query, key or value is multiplied with
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     workspace: Workspace | None = None,
@@ -144,6 +145,7 @@ def tree_attention(
             table.mask_index,
             prompt_keys,
             prompt_values,
+            q_scale,
             k_scale,
             v_scale,
             sinks,
@@ -173,6 +175,7 @@ def tree_attention(
             ),
             SOFTCAP=softcap > 0,
             SINKS=sinks is not None,
+            QUANTISED_QUERY=query.dtype in QUANTISED_TYPES,
             QUANTISED=key_cache.dtype in QUANTISED_TYPES,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -224,19 +227,23 @@ def _check(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     workspace: Workspace | None,
 ) -> None:
     device, num_requests = query.device, line.shape[0] if line.dim() else 0
-    check_tensor("query", query, [None, None, None], list(TRITON_TYPES), device, contiguous=False)
+    query_types = [*TRITON_TYPES, *QUANTISED_TYPES]
+    check_tensor("query", query, [None, None, None], query_types, device, contiguous=False)
+    out_types = list(TRITON_TYPES) if query.dtype in QUANTISED_TYPES else [query.dtype]
+    check_tensor("out", out, query.shape, out_types, device, contiguous=False)
     num_rows, num_q_heads, head_size = query.shape
     check_tensor(
         "table.ancestor_bits", table.ancestor_bits, [None, None, None], [torch.int32], device
     )
     if head_size not in HEAD_SIZES:
         raise ValueError(f"query has head size {head_size}, expected a multiple of 16 up to 256.")
-    cache_types = [query.dtype, *QUANTISED_TYPES]
+    cache_types = [out.dtype, *QUANTISED_TYPES]
     cache_shape = [None, None, None, head_size]
     check_tensor("key_cache", key_cache, cache_shape, cache_types, device, contiguous=False)
     check_tensor(
@@ -256,18 +263,21 @@ def _check(
     check_tensor("line", line, [num_requests], integers, device)
     check_tensor("table.depth", table.depth, [None, None], integers, device)
     prompt_shape = [None, num_kv_heads, head_size]
-    check_tensor("prompt_keys", prompt_keys, prompt_shape, [query.dtype], device)
-    check_tensor("prompt_values", prompt_values, prompt_keys.shape, [query.dtype], device)
-    check_tensor("out", out, query.shape, [query.dtype], device, contiguous=False)
+    check_tensor("prompt_keys", prompt_keys, prompt_shape, [out.dtype], device)
+    check_tensor("prompt_values", prompt_values, prompt_keys.shape, [out.dtype], device)
     if sinks is not None:
         check_tensor("sinks", sinks, [num_q_heads], list(TRITON_TYPES), device)
-    quantised = key_cache.dtype in QUANTISED_TYPES
-    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, given, scaled in (
+        ("q_scale", q_scale, query),
+        ("k_scale", k_scale, key_cache),
+        ("v_scale", v_scale, value_cache),
+    ):
+        quantised = scaled.dtype in QUANTISED_TYPES
         if quantised != (given is not None):
             expected = "one fp32 number" if quantised else "None"
             raise ValueError(
-                f"{name} is {'None' if given is None else 'given'}, expected {expected} with a "
-                f"{key_cache.dtype} KV cache."
+                f"{name} is {'None' if given is None else 'given'}, expected {expected} where "
+                f"what it scales is {scaled.dtype}."
             )
         if given is not None and (given.numel() != 1 or given.dtype != torch.float32):
             raise ValueError(

@@ -76,14 +76,16 @@ def _pages(
     dims,
     k_strides,
     v_strides,
-    k_scale,
     v_scale,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUANTISED: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Keys `[BLOCK_D, BLOCK_N]` and values `[BLOCK_N, BLOCK_D]` of the slots, in the queries' dtype."""
+    """Keys `[BLOCK_D, BLOCK_N]` and values `[BLOCK_N, BLOCK_D]` of the slots, in `dtype`.
+
+    fp8 keys are cast, which is exact: their scale is a factor of the scores.
+    """
     page = tl.load(table_row_ptr + slots // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
     offset = slots % BLOCK_SIZE
     k_rows = k_ptr + page * k_strides[0] + offset * k_strides[1]
@@ -92,7 +94,7 @@ def _pages(
     k = tl.load(k_rows[None, :] + dims[:, None], mask=inside[:, None] & exists[None, :], other=0.0)
     v = tl.load(v_rows[:, None] + dims[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
     if QUANTISED:
-        k = (k.to(tl.float32) * k_scale).to(dtype)
+        k = k.to(dtype)
         v = (v.to(tl.float32) * v_scale).to(dtype)
     return k, v
 
@@ -112,6 +114,7 @@ def tree_attention_kernel(
     mask_index_ptr,
     prompt_keys_ptr,
     prompt_values_ptr,
+    q_scale_ptr,
     k_scale_ptr,
     v_scale_ptr,
     sinks_ptr,
@@ -146,6 +149,7 @@ def tree_attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    QUANTISED_QUERY: tl.constexpr,
     QUANTISED: tl.constexpr,
     PARALLEL: tl.constexpr,
     MIN_QUERIES: tl.constexpr,
@@ -195,9 +199,12 @@ def tree_attention_kernel(
     q_rows = q_ptr + (start + row).to(tl.int64) * q_row_stride + q_head * q_head_stride
     tile_mask = row_exists[:, None] & inside[None, :]
     q = tl.load(q_rows[:, None] + dims[None, :], mask=tile_mask, other=0.0)
-    k_scale, v_scale = 1.0, 1.0
+    if QUANTISED_QUERY:
+        q = q.to(out_ptr.dtype.element_ty)  # exact
+        scale *= tl.load(q_scale_ptr)
+    page_scale, v_scale = scale, 1.0
     if QUANTISED:
-        k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+        page_scale, v_scale = scale * tl.load(k_scale_ptr), tl.load(v_scale_ptr)
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
     table_row_ptr = block_table_ptr + request * table_stride
@@ -260,7 +267,6 @@ def tree_attention_kernel(
                 dims,
                 (k_page_stride, k_slot_stride),
                 (v_page_stride, v_slot_stride),
-                k_scale,
                 v_scale,
                 HEAD_SIZE,
                 BLOCK_SIZE,
@@ -276,7 +282,7 @@ def tree_attention_kernel(
                 split_peak,
                 split_total,
                 split_acc,
-                scale,
+                page_scale,
                 softcap,
                 WINDOW > 0,
                 SOFTCAP,
@@ -293,7 +299,6 @@ def tree_attention_kernel(
                 dims,
                 (k_page_stride, k_slot_stride),
                 (v_page_stride, v_slot_stride),
-                k_scale,
                 v_scale,
                 HEAD_SIZE,
                 BLOCK_SIZE,
@@ -315,7 +320,17 @@ def tree_attention_kernel(
                 position = tl.where(is_node, own_depth, own)
                 visible &= depth[:, None] - position[None, :] < WINDOW
             split_peak, split_total, split_acc = _attend(
-                q, k, v, visible, split_peak, split_total, split_acc, scale, softcap, True, SOFTCAP
+                q,
+                k,
+                v,
+                visible,
+                split_peak,
+                split_total,
+                split_acc,
+                page_scale,
+                softcap,
+                True,
+                SOFTCAP,
             )
         if PARALLEL:
             at = (split * num_partial_rows + request * NUM_ROWS + row).to(tl.int64)

@@ -19,7 +19,10 @@ COMBINE_HEADS = 4
 
 @dataclass(frozen=True)
 class _Model:
-    """What of a model a launch is compiled for."""
+    """What of a model a launch is compiled for.
+
+    With an fp8 cache the queries are fp8, too: vLLM's Attention quantises them on CUDA.
+    """
 
     name: str
     group: int
@@ -39,6 +42,11 @@ _MODELS = (
     _Model("Llama-3-8B R16", 4, 128, torch.bfloat16, 16),
     _Model("Llama-3-8B fp16 R52", 4, 128, torch.float16, 52, max_seq_len=131072),
     _Model("Llama-3-8B fp8 KV R16", 4, 128, torch.bfloat16, 16, torch.float8_e4m3fn),
+    _Model("Llama-3-8B fp16 fp8 KV R52", 4, 128, torch.float16, 52, torch.float8_e4m3fn),
+    _Model("SmolLM2-135M fp8 KV R16", 3, 64, torch.bfloat16, 16, torch.float8_e4m3fn),
+    _Model(
+        "Gemma-2-9B fp8 KV D256 R16", 2, 256, torch.bfloat16, 16, torch.float8_e4m3fn, 4096, True
+    ),
     _Model("SmolLM2-135M R16", 3, 64, torch.bfloat16, 16),
     _Model("SmolLM2-135M fp32 R16", 3, 64, torch.float32, 16),
     _Model("Llama-3-8B fp32 R16", 4, 128, torch.float32, 16),
@@ -66,15 +74,16 @@ def _config(model: _Model) -> AttentionConfig:
 def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
     config = _config(model)
     kind = f"*{TRITON_TYPES[model.dtype]}"
+    quantised = model.cache_dtype is not None
     cache = kind if model.cache_dtype is None else f"*{QUANTISED_TYPES[model.cache_dtype]}"
     given = {
-        **dict.fromkeys(("q_ptr", "out_ptr", "prompt_keys_ptr", "prompt_values_ptr"), kind),
-        **dict.fromkeys(("k_ptr", "v_ptr"), cache),
+        **dict.fromkeys(("out_ptr", "prompt_keys_ptr", "prompt_values_ptr"), kind),
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), cache),
         **dict.fromkeys(("scale", "softcap"), "fp32"),
     }
     absent: dict[str, None] = {}
     optional = (
-        (("k_scale_ptr", "v_scale_ptr"), model.cache_dtype is not None, "*fp32"),
+        (("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), quantised, "*fp32"),
         (("sinks_ptr",), model.sinks, kind),
         (("partial_acc_ptr", "partial_stats_ptr"), parallel, "*fp32"),
     )
@@ -85,7 +94,8 @@ def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
         **_shape_constants(model, parallel),
         "SOFTCAP": model.softcap,
         "SINKS": model.sinks,
-        "QUANTISED": model.cache_dtype is not None,
+        "QUANTISED_QUERY": quantised,
+        "QUANTISED": quantised,
         **absent,
     }
     names = tree_attention_kernel.arg_names

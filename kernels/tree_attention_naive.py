@@ -29,16 +29,18 @@ def tree_attention_naive(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     workspace: object = None,
 ) -> None:
     """The specification of `tree_attention`: the same arguments, one request after the other.
 
-    Computes in the queries' dtype (float64, too). What only steers the launch is not used.
+    Computes in the dtype of `out` (float64, too). What only steers the launch is not used.
     """
     del config, max_query_len, max_seq_len, workspace
-    dtype, group = query.dtype, query.shape[1] // key_cache.shape[2]
+    dtype, group = out.dtype, query.shape[1] // key_cache.shape[2]
+    query = query.to(dtype) if q_scale is None else query.to(dtype) * q_scale.to(dtype)
     block_size, num_prompt = key_cache.shape[1], len(prompt_keys)
     for request in range(len(line)):
         start, end = query_start[request : request + 2].tolist()

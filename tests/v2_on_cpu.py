@@ -87,14 +87,22 @@ def _quicken() -> None:
     )
 
 
-def write_kv(key, value, key_cache, value_cache, slot_mapping, *rest) -> None:
+def write_kv(
+    key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+) -> None:
     """vLLM's kernel of that name, interpreted, takes a third of a step: a program a row and head."""
-    del rest  # for quantised caches
+    import torch
+
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
-    for cache, rows in ((key_cache, key), (value_cache, value)):
-        cache[block, offset] = rows[: len(kept)][kept]
+    for cache, rows, scale in ((key_cache, key, k_scale), (value_cache, value, v_scale)):
+        rows = rows[: len(kept)][kept]
+        if kv_cache_dtype.startswith("fp8"):  # a GPU's cast saturates, torch's gives NaN
+            most = torch.finfo(cache.dtype).max
+            rows = (rows / scale).clamp(-most, most).to(cache.dtype).view(torch.uint8)
+            cache = cache.view(torch.uint8)
+        cache[block, offset] = rows
 
 
 def __getattr__(name: str) -> type:

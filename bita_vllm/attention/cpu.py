@@ -82,6 +82,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """One layer: causal rows through the stock kernel, step blocks through tree attention."""
 
     takes_sinks = False
+    quantised_caches: tuple[str, ...] = ()
     # Set once after loading: [Hkv, D, P] and [Hkv, P, D], fp32
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor

@@ -1,13 +1,13 @@
 """GPU attention backend: vLLM's Triton backend, with tree attention in steps that hold blocks.
 
 KV layout, cache writes and metadata are stock (vllm/v1/attention/backends/triton_attn.py), so steps
-without blocks (prefill) run in vLLM's own kernel.
+without blocks run in vLLM's own kernels: prefill in FlashAttention where it fits (prefill.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -21,7 +21,12 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
+from bita_vllm.attention import prefill
+from bita_vllm.config import FP8_CACHES
 from bita_vllm.runner.gpu_trees import StepTrees
+
+if TYPE_CHECKING:  # it does not import everywhere
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 PROGRAMS_PER_PROCESSOR = 2
 MAX_WORKSPACE_BYTES = 2**28
@@ -63,12 +68,15 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     """One layer: stock for steps without blocks, tree attention for the others."""
 
     takes_sinks = True
+    quantised_caches = FP8_CACHES
     # [P, Hkv, D] each, in the model's dtype
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor
     config: AttentionConfig
     # shared by all layers of a shape; None: the longest sequence is one split
     workspace: Workspace | None = None
+    # for prefill; None: Triton
+    flash: FlashAttentionImpl | None = None
 
     def set_prompt_tokens(
         self,
@@ -108,6 +116,10 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     ) -> torch.Tensor:
         """As TritonAttentionImpl.forward: query `[rows, Hq, D]`, writes and returns output."""
         if attn_metadata is None or attn_metadata.trees is None:
+            if attn_metadata is not None and attn_metadata.max_query_len > 1 and self.flash:
+                return prefill.attend(
+                    self.flash, layer, query, key, value, kv_cache, attn_metadata, output
+                )
             return super().forward(
                 layer,
                 query,
@@ -122,6 +134,13 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         trees, rows = attn_metadata.trees, attn_metadata.num_actual_tokens
         num_requests = len(attn_metadata.seq_lens)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        scales: dict[str, Any] = {}  # one fp32 number each
+        if self.kv_cache_dtype in FP8_CACHES:
+            caches = (key_cache, value_cache)
+            key_cache, value_cache = (cache.view(self.fp8_dtype) for cache in caches)
+            scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+            if query.dtype == self.fp8_dtype:  # on CUDA, where vLLM quantises queries, too
+                scales["q_scale"] = layer._q_scale
         tree_attention(
             query[:rows],
             key_cache,
@@ -141,6 +160,7 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
             window=self.sliding_window[0] + 1,
             softcap=self.logits_soft_cap,
             sinks=self.sinks,
+            **scales,
             workspace=self._workspace_for(num_requests, trees, attn_metadata.max_seq_len),
         )
         return output

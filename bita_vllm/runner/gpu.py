@@ -40,6 +40,7 @@ from bita_vllm.attention.gpu import (
     TreeTritonAttentionBackend,
     TreeTritonAttentionImpl,
 )
+from bita_vllm.attention.prefill import flash_attention
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
@@ -239,6 +240,9 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
             layer.impl.config = self._attention_config(layer.impl)
             layer.impl.workspace = workspaces.of(layer.impl)
+            layer.impl.flash = flash_attention(
+                layer.impl, self.dtype, vllm_config.cache_config.block_size
+            )
         state.trees.lora_rows = lora_rows
         state.max_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return state

@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter import Adapter, ModelShape
 from bita_vllm.config import BitaSettings
@@ -64,7 +65,8 @@ def put_in_adapter(
     """Mask embeddings into the model, prompt tokens and deltas into every layer; one line in the log.
 
     Args:
-        impl_cls: tree attention, whose layers have `set_prompt_tokens` and say `takes_sinks`.
+        impl_cls: tree attention, whose layers have `set_prompt_tokens` and say `takes_sinks` and
+            `quantised_caches`.
 
     Returns:
         What must say of each step which rows are mask rows; None if the adapter has no deltas.
@@ -153,6 +155,12 @@ def _refuse_layer(name: str, layer: Attention, impl_cls: Any) -> None:
         feature = "ALiBi"
     elif impl.sinks is not None and not impl_cls.takes_sinks:
         feature = "attention sinks"
+    elif getattr(impl, "chunk_lookback", -1) > -1:
+        feature = "attention in chunks"
+    elif is_quantized_kv_cache(layer.kv_cache_dtype) and (
+        layer.kv_cache_dtype not in impl_cls.quantised_caches
+    ):
+        feature = f"a KV cache of type {layer.kv_cache_dtype}"
     elif impl.kv_sharing_target_layer_name is not None:
         feature = "KV caches shared between layers"
     if feature is not None:

@@ -6,6 +6,7 @@ prefill beside blocks, preemption, several KV blocks.
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,18 @@ import torch
 from e2e.device_reads import OURS, device_reads
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
 from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
+from naive_flash import NaiveFlash
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends import flash_attn, triton_attn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from bita_vllm import config as bita_config
+from bita_vllm.attention import prefill
 from bita_vllm.ladder import Ladder
+from bita_vllm.runner.loading import attention_backend
 from bita_vllm.tree import Template
 
 pytestmark = [
@@ -55,16 +63,16 @@ KINDS = {
 }
 
 
-def requests():
+def requests(number=None, max_tokens=12):
     rng = np.random.default_rng(0)
     lengths = (5, 70, 6, 20, 8, 33, 12, 50, 9)
     return [
         (
             rng.integers(3, 500, length).tolist(),
-            SamplingParams(max_tokens=12, ignore_eos=True, **options),
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, **options),
         )
         for length, options in zip(lengths, KINDS.values(), strict=True)
-    ]
+    ][:number]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +122,10 @@ def test_a_read_of_the_device_is_seen():
     assert [read.partition(": ")[2] for read in reads] == ["Tensor.__bool__", "Tensor.nonzero"]
 
 
+def runner_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 @pytest.fixture(scope="module")
 def adapter_with_deltas(case, tmp_path_factory):
     return make_adapter(case[0], tmp_path_factory.mktemp("deltas"), lora_rank=4)
@@ -140,9 +152,8 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
         assert not reads, "the host waits for the device"
         drafted, accepted = (b - a for a, b in zip(before, drafted_and_accepted(llm), strict=True))
         preempted = metric(llm, "num_preemptions")
-        worker = llm.llm_engine.model_executor.driver_worker.worker
-        check_sleep_keeps_the_tables(worker.model_runner)
-        check_profile_run(worker.model_runner, num_requests=4 if drafts == "oracle" else 2)
+        check_sleep_keeps_the_tables(runner_of(llm))
+        check_profile_run(runner_of(llm), num_requests=4 if drafts == "oracle" else 2)
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         assert free.get_num_free_blocks() == OPTIONS["num_gpu_blocks_override"] - 1
 
@@ -186,6 +197,80 @@ def test_tokens_equal_plain_v2_on_a_ladder(case, tmp_path):
     assert lengths[-1] == {1}  # without a block
     assert {2} <= lengths[1] <= {1, 2}, "narrow blocks with candidates"
     assert lengths[4] >= {2, 3}, "wide ones"
+
+
+def test_tokens_equal_plain_v2_with_prefill_in_flash_attention(tiny_model, tmp_path, monkeypatch):
+    """vLLM's FlashAttention backend with naive arithmetic for its kernel; softcaps, a window in one layer.
+
+    One request at a time, so that no chunk of a prefill shares its step with a block.
+    """
+    model = tiny_model("gemma2", num_hidden_layers=2)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    options = {**OPTIONS, "max_num_seqs": 1, "num_gpu_blocks_override": 16}
+    plain = run(model, requests(3, max_tokens=6), **options)
+    naive = NaiveFlash()
+    here = SimpleNamespace(get_device_capability=lambda: DeviceCapability(9, 0))
+    monkeypatch.setattr(prefill, "current_platform", here)
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **layer: 3)
+    monkeypatch.setattr(flash_attn.FlashAttentionBackend, "supported_dtypes", [torch.float32])
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", naive, raising=False)
+    bita = {"model": str(adapter), "tree": "3,2"}
+    with recorded_steps() as steps, engine(model, bita, **options) as llm:
+        layers = list(runner_of(llm).compilation_config.static_forward_context.values())
+        assert all(layer.impl.flash is not None for layer in layers)
+        naive.calls.clear()
+        outputs = generate(llm, requests(3, max_tokens=6))
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    # Both layers of every step with prefill (the second prompt takes two), and of no other.
+    chunks = [(call["max_seqlen_q"], call["max_seqlen_k"]) for call in naive.calls]
+    assert chunks == [(n, k) for n, k in ((5, 5), (48, 48), (22, 70), (6, 6)) for _ in layers]
+    assert sum(step.line >= 0 for step in steps) > 5
+
+
+@pytest.mark.parametrize("fp8_queries", [False, True])
+def test_tokens_equal_plain_v2_with_an_fp8_cache(
+    case, adapter_with_deltas, monkeypatch, fp8_queries
+):
+    """Plain V2 in vLLM's Triton backend: its CPU kernels take fp8 on AVX-512 only. Scales are not 1.
+
+    On CUDA vLLM quantises queries, too, and its kernel then rounds the weights of the values to fp8, which
+    tree attention does not: here neither does.
+    """
+    model = case[0]
+    init, unified_attention = TritonAttentionImpl.__init__, triton_attn.unified_attention
+
+    def as_on_cuda(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.supports_quant_query_input = fp8_queries
+
+    def with_exact_weights(**given):
+        given["seq_threshold_3D"] = None  # one pass over the context is quicker in the interpreter
+        quantised.append(given["q"].dtype == torch.float8_e4m3fn)
+        if quantised[-1]:
+            given["q"] = given["q"].to(given["out"].dtype) * given["q_descale"]
+            given["q_descale"] = None
+        return unified_attention(**given)
+
+    def with_scales(llm):
+        for layer in runner_of(llm).compilation_config.static_forward_context.values():
+            assert layer.kv_cache.dtype == torch.uint8
+            for name, scale in {"_q_scale": 0.03, "_k_scale": 0.07, "_v_scale": 0.013}.items():
+                getattr(layer, name).fill_(scale)
+        return llm
+
+    quantised = []
+    monkeypatch.setattr(TritonAttentionImpl, "__init__", as_on_cuda)
+    monkeypatch.setattr(triton_attn, "unified_attention", with_exact_weights)
+    options = {**OPTIONS, "kv_cache_dtype": "fp8"}
+    triton = attention_backend(AttentionBackendEnum.CPU_ATTN, TritonAttentionBackend)
+    with triton, engine(model, **options) as llm:
+        plain = generate(with_scales(llm), requests(5, max_tokens=8))
+    bita = {"model": str(adapter_with_deltas), "tree": "3,2"}
+    with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **options) as llm:
+        outputs = generate(with_scales(llm), requests(5, max_tokens=8))
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    assert set(quantised) == {fp8_queries}
+    assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
 
 
 def test_mask_logits_with_deltas_equal_the_trainers(case, adapter_with_deltas):

@@ -24,6 +24,7 @@ def test_dry_run_measures_every_part(tmp_path):
     assert rows.keys() == {"gpu_correctness", "gpu_steps", "gpu_throughput", "kernels_dry"}
     (correct,) = rows["gpu_correctness"]
     assert correct["identical"] == correct["prompts"] == "3"
+    assert correct["prefill"] == "Triton"
     assert {row["arm"] for row in rows["gpu_steps"]} == {"plain", "bita 16 rows"}
     assert all(float(row["step_ms"]) > 0 and row["git_sha"] for row in rows["gpu_steps"])
     assert all(row["identical"] in ("2/2", "4/4") for row in rows["gpu_throughput"])

@@ -4,21 +4,24 @@ import copy
 import json
 import pickle
 import shutil
+from typing import get_args
 
 import pytest
 import torch
 import vllm.envs as envs
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from vllm.config.cache import CacheDType
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import config as bita_config
 from bita_vllm import plugin, row_options
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
-from bita_vllm.config import get_settings
+from bita_vllm.config import check_engine, get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.machine import cpu_name
 from bita_vllm.mask_lora import MaskLoraWeights
@@ -313,7 +316,8 @@ ENGINE = {
         ["'external_launcher'"],
     ),
     "LoRA": ({"enable_lora": True, "max_lora_rank": 8}, ["LoRA"]),
-    "quantised KV cache": ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2'"]),
+    "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, ["kv_cache_dtype 'fp8' on CPU"]),
+    "quantised KV cache": ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2' on CPU"]),
     "prompt embeddings": ({"enable_prompt_embeds": True}, ["prompt embeddings"]),
     "sampling masks": ({"return_sampling_mask": True}, ["return_sampling_mask"]),
     "trace replay": ({"enable_trace_replay": True}, ["enable_trace_replay"]),
@@ -456,6 +460,23 @@ def test_gpu_refuses_the_v1_runner(make, on_gpu, monkeypatch):
 def test_batch_sharded_sampling_is_refused(make, on_gpu):
     options = {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}
     assert "enable_batch_sharded_sampling" in refused(lambda: make(**options))
+
+
+QUANTISED = sorted(name for name in get_args(CacheDType) if is_quantized_kv_cache(name))
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTISED)
+def test_gpu_takes_fp8_caches_and_refuses_the_others_by_name(make, monkeypatch, cache_dtype):
+    config = make()
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    config.cache_config.cache_dtype = cache_dtype
+    if cache_dtype in ("fp8", "fp8_e4m3"):
+        check_engine(config, get_settings(config))
+        config.cache_config.kv_cache_dtype_skip_layers = ["0"]
+        fact = "kv_cache_dtype_skip_layers"
+    else:
+        fact = f"kv_cache_dtype '{cache_dtype}' on a GPU"
+    assert fact in refused(lambda: check_engine(config, get_settings(config)))
 
 
 def test_gpu_refuses_another_attention_backend(make, on_gpu):

@@ -1,11 +1,15 @@
-"""Prompt tokens lie on the tensor-parallel rank that has their KV head in vLLM."""
+"""What happens to layers while the base model is loaded: prompt tokens to their rank, refusals by name."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
-from bita_vllm.runner.loading import own_kv_heads
+from bita_vllm.attention.cpu import TreeCPUAttentionImpl
+from bita_vllm.attention.gpu import TreeTritonAttentionImpl
+from bita_vllm.runner.loading import _refuse_layer, own_kv_heads
 
 HEAD_SIZE, HIDDEN = 4, 8
 
@@ -35,3 +39,32 @@ def test_kv_heads_of_a_rank_are_vllms(monkeypatch, num_heads, num_ranks):
         loaded = layer.weight.data[first : first + layer.num_kv_heads * HEAD_SIZE, 0]
         tokens = keys.view(1, num_heads, HEAD_SIZE)
         assert own_kv_heads(tokens, rank, num_ranks).flatten().tolist() == loaded.tolist()
+
+
+def layer_of(impl_cls, kv_cache_dtype="auto", **given):
+    impl = impl_cls.__new__(impl_cls)
+    usual = {"attn_type": "decoder", "alibi_slopes": None, "sinks": None, "chunk_lookback": -1}
+    vars(impl).update({**usual, "kv_sharing_target_layer_name": None, **given})
+    return SimpleNamespace(impl=impl, kv_cache_dtype=kv_cache_dtype)
+
+
+@pytest.mark.parametrize(
+    ("impl_cls", "given", "feature"),
+    [
+        (TreeTritonAttentionImpl, {"chunk_lookback": 1}, "attention in chunks"),
+        (TreeTritonAttentionImpl, {"alibi_slopes": torch.ones(1)}, "ALiBi"),
+        (TreeTritonAttentionImpl, {"kv_cache_dtype": "fp8_e5m2"}, "KV cache of type fp8_e5m2"),
+        (TreeCPUAttentionImpl, {"kv_cache_dtype": "fp8"}, "KV cache of type fp8"),
+        (TreeCPUAttentionImpl, {"sinks": torch.ones(1)}, "attention sinks"),
+        (TreeTritonAttentionImpl, {"sinks": torch.ones(1), "kv_cache_dtype": "fp8"}, None),
+        (TreeCPUAttentionImpl, {}, None),
+    ],
+)
+def test_layers_that_attend_otherwise_are_refused_by_name(impl_cls, given, feature):
+    """fp8 caches, too, that only the checkpoint asks for."""
+    layer = layer_of(impl_cls, **given)
+    if feature is None:
+        _refuse_layer("model.layers.3.attn", layer, impl_cls)
+        return
+    with pytest.raises(ValueError, match=f"{feature} .layer model.layers.3.attn"):
+        _refuse_layer("model.layers.3.attn", layer, impl_cls)

@@ -20,9 +20,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from bita_vllm import patches, plugin
 from bita_vllm.config import ConfigError
 from bita_vllm.doctor import check_source, compare_signatures, source_signatures
+from bita_vllm.hooks import PREFILL_HOOKS
 
 SIGNATURES = Path(__file__).parents[1] / "data" / "vllm_0_33_signatures.json"
-HOOKS = patches.PATCHES + patches.OVERRIDES
+HOOKS = patches.PATCHES + patches.OVERRIDES + PREFILL_HOOKS
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""A stand-in for vLLM's `flash_attn_varlen_func`, whose kernels need CUDA: its signature, naive arithmetic."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+
+
+def vllms_signature() -> inspect.Signature:
+    """The real function's, from its file: the package around it does not import without CUDA."""
+    path = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    spec = importlib.util.spec_from_file_location("flash_attn_interface", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return inspect.signature(module.flash_attn_varlen_func)
+
+
+class NaiveFlash:
+    """Callable in its place; `calls` holds the arguments of every call, by name."""
+
+    # what a causal call over pages may leave at its default only
+    UNUSED = ("alibi_slopes", "dropout_p", "q_v", "scheduler_metadata", "cu_seqlens_k", "output_scale",
+              "mask_mod", "block_sparse_tensors", "aux_tensors", "dynamic_causal", "cp_world_size")  # fmt: skip
+
+    def __init__(self) -> None:
+        self.signature = vllms_signature()
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        for name in self.UNUSED:
+            default = self.signature.parameters[name].default
+            assert given[name] == default, name
+        assert given["causal"] is True
+        self.calls.append(given)
+        out = given["out"]
+        starts, lengths = given["cu_seqlens_q"].tolist(), given["seqused_k"].tolist()
+        assert len(starts) == len(lengths) + 1 == len(given["block_table"]) + 1
+        for request, length in enumerate(lengths):
+            rows = slice(starts[request], starts[request + 1])
+            assert 0 < rows.stop - rows.start <= given["max_seqlen_q"]
+            assert length <= given["max_seqlen_k"]
+            out[rows] = self._attend(given, given["q"][rows], request, length)
+        return out
+
+    @staticmethod
+    def _attend(
+        given: dict[str, Any],
+        # [n, Hq, D]
+        query: torch.Tensor,
+        request: int,
+        length: int,
+    ) -> torch.Tensor:
+        block_size = given["k"].shape[1]
+        slots = torch.arange(length)
+        pages = given["block_table"][request, slots // block_size].long(), slots % block_size
+        group = query.shape[1] // given["k"].shape[2]
+        # [length, Hq, D]
+        keys, values = (given[n][pages].repeat_interleave(group, dim=1) for n in ("k", "v"))
+        logits = torch.einsum("nhd,shd->hns", query, keys) * given["softmax_scale"]
+        if given["softcap"]:
+            logits = given["softcap"] * torch.tanh(logits / given["softcap"])
+        behind = torch.arange(length - len(query), length)[:, None] - slots
+        left = (given["window_size"] or [-1])[0]
+        visible = (behind >= 0) & ((behind <= left) if left >= 0 else True)
+        weights = logits.masked_fill(~visible, -math.inf).softmax(dim=2)
+        return torch.einsum("hns,shd->nhd", weights, values)
