@@ -35,7 +35,8 @@ from bita_vllm.training.mask_lora import MaskLora
 ON_GPU_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 NEAR_TIE = 1e-4  # of the base model's top two logits: there, fp32 rounding may choose the token
 
-Requests = Sequence[tuple[list[int], SamplingParams]]
+Request = tuple[list[int], SamplingParams]  # a prompt's token ids, and what is asked for
+Requests = Sequence[Request]
 
 
 @contextmanager
@@ -68,7 +69,9 @@ def engine(
         "max_num_seqs": 16,
         "block_size": 32,
         "disable_log_stats": False,
-        "kv_cache_memory_bytes": 2**30,
+        "kv_cache_memory_bytes": 2**27
+        if ON_GPU_RUNNER
+        else 2**30,  # all of it is written at the start
     }
     with torch_threads(threads), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -211,44 +211,47 @@ def known(outputs: Iterable[RequestOutput]) -> Continuation:
 def oracle(continuation: Continuation) -> Iterator[None]:
     """Candidates from a known continuation instead of the mask rows' logits, wrong ones elsewhere.
 
-    The known tokens lie along the path to one random node of each block, so that walks end at every
-    node of the template, of any rank and depth. All else (which depths have candidates, the block's
-    rows, verification, KV moves) is the runner's.
+    The known tokens lie along the path to one node of each block: of every line of the template table each
+    node once, in random order, before any comes again. So walks end at all of them, of any rank and depth. All
+    else (which depths have candidates, the block's rows, verification, KV moves) is the runner's.
     """
     with pytest.MonkeyPatch.context() as patch:
         (_oracle_gpu if ON_GPU_RUNNER else _oracle_cpu)(patch, continuation)
         yield
 
 
-def _candidates(
-    rng: np.random.Generator,
-    table: TemplateTable,
-    line: int,
-    vocab_size: int,
-    # what follows the block's root
-    follows: list[int],
-) -> np.ndarray:
-    """`[depths, max_rank]` candidates: the known tokens on the path to a random node, else wrong ones."""
-    num_nodes = table.num_nodes[line]
-    depths = table.depth[line, :num_nodes].max()
-    candidates = rng.integers(0, vocab_size, size=(depths, table.max_ranks.max()))
-    path, row = [], int(rng.integers(0, num_nodes))
-    while row > 0:
-        path.append(int(table.rank[line, row]))
-        row = int(table.parent[line, row])
-    for depth, rank in enumerate(reversed(path)):
-        if depth < len(follows):
-            truth, wrong = follows[depth], candidates[depth]
+class _Candidates:
+    """Candidates of each block, from the tokens that are known to follow its root."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+        self._ends: dict[int, list[int]] = defaultdict(list)  # by line: nodes still to come
+
+    def __call__(
+        self, table: TemplateTable, line: int, vocab_size: int, follows: list[int]
+    ) -> np.ndarray:
+        """`[depths, max_rank]`: the known tokens on the path to the line's next node, else wrong ones."""
+        num_nodes = table.num_nodes[line]
+        if not self._ends[line]:
+            self._ends[line] = self._rng.permutation(num_nodes).tolist()
+        path, row = [], self._ends[line].pop()
+        while row > 0:
+            path.insert(0, int(table.rank[line, row]))
+            row = int(table.parent[line, row])
+        depths = table.depth[line, :num_nodes].max()
+        candidates = self._rng.integers(0, vocab_size, size=(depths, table.max_ranks.max()))
+        for depth, (truth, wrong) in enumerate(zip(follows, candidates, strict=False)):
             wrong[wrong == truth] = (truth + 1) % vocab_size
-            wrong[rank] = truth
-    return candidates
+            if depth < len(path):
+                wrong[path[depth]] = truth
+        return candidates
 
 
 def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
     from bita_vllm.runner.blocks import NextBlocks
     from bita_vllm.runner.cpu import BitaCPUModelRunner
 
-    rng = np.random.default_rng(0)
+    next_candidates = _Candidates()
     runners: list[BitaCPUModelRunner] = []
     propose, fill = BitaCPUModelRunner.propose_draft_token_ids, NextBlocks.fill
 
@@ -264,7 +267,7 @@ def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
         for request, line in zip(runner.input_batch.req_ids, self.line.tolist(), strict=True):
             state = runner.requests[request]
             follows = continuation(list(state.prompt_token_ids), list(state.output_token_ids))
-            candidates.append(_candidates(rng, table, line, first_mask_id, follows))
+            candidates.append(next_candidates(table, line, first_mask_id, follows))
         return fill(self, table, np.concatenate(candidates), first_mask_id)
 
     patch.setattr(BitaCPUModelRunner, "propose_draft_token_ids", proposing)
@@ -274,7 +277,7 @@ def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
 def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
     from bita_vllm.runner.gpu import BitaGPUModelRunner, BlockSpeculator
 
-    rng = np.random.default_rng(0)
+    next_candidates = _Candidates()
     runners: list[BitaGPUModelRunner] = []
     sample, propose = BitaGPUModelRunner.sample, BlockSpeculator.propose
 
@@ -294,7 +297,7 @@ def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
             prompt_len, total = int(states.prompt_len.np[slot]), int(states.total_len.gpu[slot])
             tokens = states.all_token_ids.gpu[slot, :total].tolist()
             follows = continuation(tokens[:prompt_len], tokens[prompt_len:])
-            candidates = _candidates(rng, table, line, self.vocab_size, follows)
+            candidates = next_candidates(table, line, self.vocab_size, follows)
             depth, rank = table.depth[line, 1:], table.rank[line, 1:]
             node = np.flatnonzero(rank >= 0)
             drafts[i, torch.from_numpy(node)] = torch.from_numpy(

@@ -1,8 +1,8 @@
 """vLLM's V2 runner with our Triton kernels, interpreted on the CPU: the same tokens as plain V2.
 
-Runs with `pytest --runner gpu`. The interpreter takes about a tenth of a second for a step: few requests, but
-every kind of them: greedy, seeded sampling, what looks back at earlier tokens, logprobs; chunked
-prefill beside blocks, preemption, several KV blocks.
+Runs with `pytest --runner gpu`. What a request may ask for is in test_request_features.py, widths by load in
+test_ladder.py. Here: a few requests that are prefilled in chunks, run out of KV blocks and are preempted, with
+low-rank deltas, with logits in parts, and without a wait for the device.
 """
 
 from contextlib import nullcontext
@@ -24,9 +24,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 
 from bita_vllm import config as bita_config
 from bita_vllm.attention import prefill
-from bita_vllm.ladder import Ladder
 from bita_vllm.runner.loading import attention_backend
-from bita_vllm.tree import Template
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,39 +37,28 @@ OPTIONS = {
     "block_size": 32,
     "num_gpu_blocks_override": 8,
 }
-KINDS = {
-    "greedy": {"temperature": 0},
-    "seeded": {"temperature": 0.8, "seed": 3},
-    "seeded, top-k": {"temperature": 1.2, "top_k": 8, "seed": 13},
-    "seeded, min-p": {"temperature": 1.2, "min_p": 0.05, "seed": 5},
-    "seeded, top-p and all": {
-        "temperature": 1.1,
-        "top_k": 50,
-        "top_p": 0.8,
-        "min_p": 0.01,
-        "seed": 17,
-    },
-    "penalties": {
-        "temperature": 0.9,
-        "seed": 7,
-        "repetition_penalty": 1.3,
-        "presence_penalty": 0.4,
-    },
-    "bad words": {"temperature": 0, "bad_words": ["the"], "frequency_penalty": 0.5},
-    "logprobs": {"temperature": 0.7, "seed": 11, "logprobs": 3},
-    "min tokens": {"temperature": 0, "min_tokens": 6, "logit_bias": {7: 2.0}},
+# prompt tokens, and what is asked for: a way through the sampler each
+REQUESTS = {
+    "greedy": (5, {"temperature": 0}),
+    "filters": (
+        70,
+        {"temperature": 1.1, "top_k": 50, "top_p": 0.8, "min_p": 0.01, "seed": 17},
+    ),
+    "penalties": (20, {"temperature": 0.9, "seed": 7, "repetition_penalty": 1.3}),
+    "seeded": (33, {"temperature": 0.8, "seed": 3}),
+    "logprobs": (50, {"temperature": 0.7, "seed": 11, "logprobs": 3}),
+    "bias": (9, {"temperature": 0, "min_tokens": 6, "logit_bias": {7: 2.0}}),
 }
 
 
 def requests(number=None, max_tokens=12):
     rng = np.random.default_rng(0)
-    lengths = (5, 70, 6, 20, 8, 33, 12, 50, 9)
     return [
         (
             rng.integers(3, 500, length).tolist(),
             SamplingParams(max_tokens=max_tokens, ignore_eos=True, **options),
         )
-        for length, options in zip(lengths, KINDS.values(), strict=True)
+        for length, options in REQUESTS.values()
     ][:number]
 
 
@@ -157,9 +144,9 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         assert free.get_num_free_blocks() == OPTIONS["num_gpu_blocks_override"] - 1
 
-    for kind, expected, output in zip(KINDS, plain, outputs, strict=True):
+    for kind, expected, output in zip(REQUESTS, plain, outputs, strict=True):
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids, kind
-    index = list(KINDS).index("logprobs")
+    index = list(REQUESTS).index("logprobs")
     for ours, theirs in zip(
         outputs[index].outputs[0].logprobs, plain[index].outputs[0].logprobs, strict=True
     ):
@@ -174,29 +161,6 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
     if drafts == "oracle":
         assert max(lengths) == 3
         assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
-
-
-def test_tokens_equal_plain_v2_on_a_ladder(case, tmp_path):
-    """Four requests decode plainly, three with narrow blocks, two and one with wide ones."""
-    model, adapter, plain = case
-    narrow, wide = Template.from_widths([2], 3), Template.from_widths([3, 2], 3)
-    templates = {template.num_rows - 1: template for template in (narrow, wide)}
-    Ladder(templates, [(1, 2, wide.num_rows - 1), (3, 3, narrow.num_rows - 1), (4, 4, 0)]).save(
-        tmp_path / "ladder.json"
-    )
-    bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
-    uneven = requests()  # so that the batch shrinks bit by bit
-    for i, (_, params) in enumerate(uneven):
-        params.max_tokens = 4 + i
-    with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **OPTIONS) as llm:
-        outputs = generate(llm, uneven)
-    for i, (kind, expected, output) in enumerate(zip(KINDS, plain, outputs, strict=True)):
-        assert output.outputs[0].token_ids == expected.outputs[0].token_ids[: 4 + i], kind
-    lengths = {line: {len(s.tokens) for s in steps if s.line == line} for line in range(-1, 5)}
-    print(lengths)
-    assert lengths[-1] == {1}  # without a block
-    assert {2} <= lengths[1] <= {1, 2}, "narrow blocks with candidates"
-    assert lengths[4] >= {2, 3}, "wide ones"
 
 
 def test_tokens_equal_plain_v2_with_prefill_in_flash_attention(tiny_model, tmp_path, monkeypatch):
@@ -223,7 +187,7 @@ def test_tokens_equal_plain_v2_with_prefill_in_flash_attention(tiny_model, tmp_p
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
     # Both layers of every step with prefill (the second prompt takes two), and of no other.
     chunks = [(call["max_seqlen_q"], call["max_seqlen_k"]) for call in naive.calls]
-    assert chunks == [(n, k) for n, k in ((5, 5), (48, 48), (22, 70), (6, 6)) for _ in layers]
+    assert chunks == [(n, k) for n, k in ((5, 5), (48, 48), (22, 70), (20, 20)) for _ in layers]
     assert sum(step.line >= 0 for step in steps) > 5
 
 
