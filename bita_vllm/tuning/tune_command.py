@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING, Any
 from bita_vllm.training.base_model import DTYPES
 
 if TYPE_CHECKING:
+    from bita_vllm.adapter_config import AdapterConfig
     from bita_vllm.ladder import Ladder
     from bita_vllm.tuning.choose import Choice
 
 # What decides the cost of a step: a profile of the same is not measured again.
 PROFILE_KEYS = ("model", "device", "cores", "dtype", "engine_args", "vllm", "torch")
-DEFAULT_REQUESTS = (1, 2, 4, 8, 16)
-DEFAULT_ROWS = (4, 8, 16, 32)
+# What is timed where nothing else is asked for.
+ON_CPU = {"requests": [1, 2, 4, 8, 16], "rows": [4, 8, 16, 32], "steps": 8, "max_num_seqs": 64}
+ON_GPU = {
+    "requests": [1, 4, 16, 64, 128],
+    "rows": [4, 8, 16, 32, 64],
+    "steps": 64,
+    "max_num_seqs": 256,
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,26 +43,27 @@ def add_parser(subparsers: Any) -> None:
     add("--model", help="base model (default: the one that the adapter names)")
     add("--revision", help="revision of the model on the hub")
     add("--out", type=Path, help="file of the ladder (default: ladder.json in the adapter)")
-    add("--max-num-seqs", type=int, default=64, help="largest batch size (default: 64)")
-    add(
-        "--requests",
-        type=int,
-        nargs="+",
-        default=list(DEFAULT_REQUESTS),
-        help="batch sizes to time; others are interpolated (default: 1 2 4 8 16)",
-    )
-    add(
-        "--rows",
-        type=int,
-        nargs="+",
-        default=list(DEFAULT_ROWS),
-        help="rows a request to time, besides 1 (default: 4 8 16 32)",
-    )
-    add("--steps", type=int, default=8, help="steps to time at each point (default: 8)")
+    for name, meaning in (
+        ("--max-num-seqs", "largest batch size"),
+        ("--steps", "steps to time at each point"),
+    ):
+        add(name, type=int, help=f"{meaning} ({_defaults(name)})")
+    for name, meaning in (
+        ("--requests", "batch sizes to time; others are interpolated"),
+        ("--rows", "rows a request to time, besides 1"),
+    ):
+        add(name, type=int, nargs="+", help=f"{meaning} ({_defaults(name)})")
     add("--dtype", choices=DTYPES, default="auto", help="of the model (default: auto)")
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's LLM class")
     add("--again", action="store_true", help="time the steps even if --out has this machine's")
     parser.set_defaults(run=run)
+
+
+def _defaults(option: str) -> str:
+    """For help."""
+    key = option[2:].replace("-", "_")
+    cpu, gpu = (str(where[key]).strip("[]").replace(",", "") for where in (ON_CPU, ON_GPU))
+    return f"default: {cpu} on a CPU, {gpu} on a GPU"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
 
 def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     """The ladder, what it was chosen by, where it was saved. Raises what `run` prints."""
+    from bita_vllm import config as bita_config
     from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
     from bita_vllm.ladder import LADDER_FILE
-    from bita_vllm.machine import cpu_name
-    from bita_vllm.training.base_model import choose_device, choose_dtype
+    from bita_vllm.training.base_model import choose_dtype
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError
@@ -89,14 +97,14 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm.tuning.choose import choose_ladder
     from bita_vllm.tuning.cost import MeasuredCost
 
+    on_gpu = bita_config.on_gpu()
+    for name, value in (ON_GPU if on_gpu else ON_CPU).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     require_at_least(args, {"max_num_seqs": 1, "steps": 2})
     if min(args.requests) < 1 or min(args.rows) < MIN_ROWS:
         raise DataError(
             f"--requests {args.requests} and --rows {args.rows}: expected at least 1 request and {MIN_ROWS} rows."
-        )
-    if choose_device("auto") != "cpu":
-        raise DataError(
-            "'bita tune' times vLLM's CPU runner so far; on a GPU serve with a fixed tree."
         )
     engine_args = parse_engine_args(args)
     adapter_dir = resolve_adapter_dir(args.adapter)
@@ -111,17 +119,16 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     path = args.out or adapter_dir / LADDER_FILE
     provenance: dict[str, Any] = {
         "model": portable_name(model),
-        "device": cpu_name(),
+        "device": bita_config.device_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "dtype": choose_dtype(args.dtype, "cpu"),
+        "dtype": args.dtype if on_gpu else choose_dtype(args.dtype, "cpu"),
         "engine_args": engine_args,
         **versions(),
     }
     points = None if args.again else _points_of(path, provenance)
     if points is None:
-        points = _profile(
-            args, model, str(adapter_dir), acceptance, provenance["dtype"], engine_args
-        )
+        options = {"revision": args.revision, "dtype": provenance["dtype"], **engine_args}
+        points = _profile(args, model, config, acceptance, options, on_gpu)
     else:
         print(f"step times are taken from {path}; --again times them anew.")
     provenance |= {
@@ -130,7 +137,11 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
         "step_seconds": [list(point) for point in points],  # requests, rows a request, seconds
     }
     ladder, choices = choose_ladder(
-        acceptance, MeasuredCost(points), args.max_num_seqs, provenance=provenance
+        acceptance,
+        MeasuredCost(points),
+        args.max_num_seqs,
+        padded=on_gpu,
+        provenance=provenance,
     )
     ladder.save(path)
     return ladder, choices, path
@@ -150,40 +161,52 @@ def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Any] | Non
 def _profile(
     args: argparse.Namespace,
     model: str,
-    adapter_dir: str,
+    adapter: AdapterConfig,
     acceptance: Any,
-    dtype: str,
-    engine_args: dict[str, Any],
+    engine_args: Mapping[str, Any],
+    on_gpu: bool,
 ) -> list[tuple[int, float, float]]:
-    from bita_vllm.ladder import Ladder
+    """(requests, rows a request, seconds) of every point, from an engine of its own."""
     from bita_vllm.training.base_model import start_engine
     from bita_vllm.tree_search import best_templates
-    from bita_vllm.tuning.profile import max_model_len, profile_steps
-
-    templates = {t.num_rows - 1: t for t in best_templates(sorted(set(args.rows)), acceptance)}
-    ladder = Ladder(templates, [(1, 1, max(templates))])
-    longest = max_model_len(
-        len(templates),
-        args.steps,
-        max(t.max_depth for t in templates.values()),
-        ladder.widest.num_rows,
+    from bita_vllm.tuning.profile import (
+        graph_sizes,
+        kv_cache_bytes,
+        max_model_len,
+        profile_ladder,
+        profile_steps,
     )
+
+    requests = sorted(set(args.requests))
+    templates = {t.num_rows - 1: t for t in best_templates(sorted(set(args.rows)), acceptance)}
+    ladder = profile_ladder(templates, requests[-1])
+    widths, num_rows = ladder.widths, ladder.widest.num_rows
+    longest = max_model_len(len(widths), max(t.max_depth for t in templates.values()), num_rows)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profile looks into the scheduler
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
         ladder.save(file)
         options = {
-            "revision": args.revision,
-            "dtype": dtype,
             "max_model_len": longest,
-            "max_num_seqs": max(args.requests),
-            "max_num_batched_tokens": max(2048, max(args.requests) * ladder.widest.num_rows),
+            "max_num_seqs": requests[-1] + len(widths),
+            "max_num_batched_tokens": max(2048, requests[-1] * num_rows),
+            "kv_cache_memory_bytes": kv_cache_bytes(
+                adapter.model, requests[-1], longest, 4 if engine_args["dtype"] == "float32" else 2
+            ),
+            # All that vLLM asks for where KV memory is given: so much must be free.
+            "gpu_memory_utilization": 0.5,
             "enable_prefix_caching": False,
-            "speculative_config": {"method": "bita", "model": adapter_dir, "ladder": str(file)},
+            "speculative_config": {
+                "method": "bita",
+                "model": str(adapter.path),
+                "ladder": str(file),
+            },
             **engine_args,
         }
+        if on_gpu and not engine_args.get("enforce_eager"):
+            options.setdefault("cudagraph_capture_sizes", graph_sizes(requests, widths))
         with start_engine(model, **options) as llm:
-            return profile_steps(llm, sorted(set(args.requests)), ladder.widths, args.steps)
+            return profile_steps(llm, requests, widths, args.steps)
 
 
 def _print_table(ladder: Ladder, choices: list[Choice]) -> None:

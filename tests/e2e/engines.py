@@ -56,24 +56,9 @@ def idle_threads() -> int:
 
 
 @contextmanager
-def engine(
-    model: Path, bita: dict[str, Any] | None = None, threads: int = 1, **options: Any
-) -> Iterator[LLM]:
-    """An engine in this process; `bita` is the speculative config less the method."""
-    if bita is not None:
-        options["speculative_config"] = {"method": "bita", **bita}
-    defaults: dict[str, Any] = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 1024,
-        "max_num_seqs": 16,
-        "block_size": 32,
-        "disable_log_stats": False,
-        "kv_cache_memory_bytes": 2**27
-        if ON_GPU_RUNNER
-        else 2**30,  # all of it is written at the start
-    }
-    with torch_threads(threads), pytest.MonkeyPatch.context() as patch:
+def in_this_process() -> Iterator[None]:
+    """Engines started inside run in this process, on the runner that is tested."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         # vLLM does it a dozen times an engine: seconds, as long as all the rest of a tiny one's start.
@@ -94,6 +79,27 @@ def engine(
             patch.setattr(topk_topp_sampler, "HAS_TRITON", False)
             # The interpreter's time goes by the number of tiles.
             patch.setattr(triton_unified_attention, "_get_tile_size", lambda *a, **k: 128)
+        yield
+
+
+@contextmanager
+def engine(
+    model: Path, bita: dict[str, Any] | None = None, threads: int = 1, **options: Any
+) -> Iterator[LLM]:
+    """An engine in this process; `bita` is the speculative config less the method."""
+    if bita is not None:
+        options["speculative_config"] = {"method": "bita", **bita}
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "block_size": 32,
+        "disable_log_stats": False,
+        # All of it is written at the start.
+        "kv_cache_memory_bytes": 2**27 if ON_GPU_RUNNER else 2**30,
+    }
+    with torch_threads(threads), in_this_process():
         llm = LLM(str(model), **{**defaults, **options})
         try:
             yield llm

@@ -3,29 +3,49 @@
 import json
 
 import pytest
-from e2e.engines import ON_GPU_RUNNER, make_adapter, torch_threads
+from e2e.engines import ON_GPU_RUNNER, in_this_process, make_adapter, torch_threads
+from vllm.platforms.cpu import CpuPlatform
 
 from bita_vllm import cli
 from bita_vllm.ladder import LADDER_FILE, Ladder
-
-pytestmark = pytest.mark.skipif(ON_GPU_RUNNER, reason="'bita tune' times the CPU runner")
-
-ENGINE = {
-    "enforce_eager": True,
-    "block_size": 32,
-    "kv_cache_memory_bytes": 2**28,
-}
+from bita_vllm.tuning import profile
 
 
-def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys):
-    model = tiny_model("llama")
+def schedule_ahead(monkeypatch):
+    """As on a GPU: vLLM's CPU platform turns async scheduling off."""
+    stock = CpuPlatform.check_and_update_config
+
+    def on_gpu(cls, config):
+        stock(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(on_gpu))
+
+
+def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, monkeypatch):
+    """Both runners."""
+    model = tiny_model("llama", num_hidden_layers=2)
     adapter = make_adapter(model, tmp_path / "adapter")
     argv = [
         "tune", str(adapter), "--requests", "1", "3", "--rows", "4", "12", "--steps", "4",
-        "--max-num-seqs", "5", "--engine-args", json.dumps(ENGINE),
+        "--max-num-seqs", "5", "--dtype", "float32",
+        "--engine-args", json.dumps({"enforce_eager": True, "block_size": 32}),
     ]  # fmt: skip
-    with torch_threads(1):
+    configs, timed = [], profile.profile_steps
+
+    def timing(llm, *args):
+        configs.append(llm.llm_engine.vllm_config)
+        return timed(llm, *args)
+
+    monkeypatch.setattr(profile, "profile_steps", timing)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # stronger than any argument
+    if ON_GPU_RUNNER:
+        schedule_ahead(monkeypatch)
+    with torch_threads(1), in_this_process():
         assert cli.main(argv) == 0
+    (config,) = configs
+    assert config.use_v2_model_runner == config.scheduler_config.async_scheduling == ON_GPU_RUNNER
+    assert config.cache_config.kv_cache_memory_bytes < 2**24, "no more memory than it needs"
     ladder = Ladder.load(adapter / LADDER_FILE)
     ladder.check(3)
     assert len(ladder.lookup(5)) == 6
@@ -34,17 +54,22 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys):
     for n in (1, 3):
         rows = [r for m, r, _ in points if m == n]
         assert rows[0] == 1
-        assert 2 <= rows[1] <= 4
-        assert 4 <= rows[2] <= 12
+        if ON_GPU_RUNNER:
+            assert rows[1:] == [4, 12], "blocks are padded"
+        else:
+            assert 2 <= rows[1] <= 4
+            assert 4 <= rows[2] <= 12
     assert all(0 < seconds < 5 for _, _, seconds in points)
     assert ladder.provenance["device"]
     output = capsys.readouterr()
     assert "to plain" in output.out
     assert "no acceptance statistics" in output.err
 
-    assert cli.main(argv) == 0  # at once: the steps are not timed again
+    with in_this_process():
+        assert cli.main(argv) == 0  # at once: the steps are not timed again
     assert "step times are taken from" in capsys.readouterr().out
     assert Ladder.load(adapter / LADDER_FILE).provenance["step_seconds"] == points
+    assert len(configs) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,6 +82,7 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys):
 )
 def test_bad_options_are_one_sentence(tiny_model, tmp_path, capsys, options, message):
     adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    capsys.readouterr()
     assert cli.main(["tune", str(adapter), *options]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("bita: ")

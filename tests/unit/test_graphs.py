@@ -7,6 +7,8 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 from bita_vllm import graphs
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
+from bita_vllm.tree import Template
+from bita_vllm.tuning.profile import graph_sizes, profile_ladder
 
 # batch sizes -> R-1, as vLLM takes them: rows of a step pass 512, and width 0 is plain decoding
 LADDER = [(1, 4, 27), (5, 16, 15), (17, 90, 7), (91, 120, 0)]
@@ -86,6 +88,22 @@ def test_every_decode_batch_has_a_full_graph_of_its_width(make_config, monkeypat
         for *_, width in table
     }
     assert all(largest[width] < most + 16 for _, most, width in table), "graphs that no batch uses"
+
+
+def test_a_profile_times_every_point_in_a_graph_of_its_own(make_config, monkeypatch):
+    templates = [Template.from_widths(widths, 3) for widths in ([1], [2], [3, 3])]
+    ladder = profile_ladder({t.num_rows - 1: t for t in templates}, max_requests=64)
+    requests = [1, 4, 16, 64]
+    config = make_config(list(ladder.batch_sizes))
+    sizes = graph_sizes(requests, ladder.widths)
+    config.compilation_config.cudagraph_capture_sizes = sizes
+    config.compilation_config.max_cudagraph_capture_size = sizes[-1]
+    manager = captured(config, monkeypatch)
+    for n in requests:
+        for rows in [1, *(template.num_rows for template in templates)]:
+            desc = manager.dispatch(n, n * rows, rows, 0, max_query_len=rows)
+            assert desc.cg_mode == CUDAGraphMode.FULL, (n, rows)
+            assert (desc.num_reqs, desc.uniform_token_count) == (n, rows)
 
 
 def test_vllms_own_sizes_stop_earlier(make_config, monkeypatch):
