@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -58,12 +58,12 @@ def profile_steps(
         for n in requests:
             found: dict[int, list[tuple[float, float]]] = {width: [] for width in orders[0]}
             for i in range(num_rounds):
-                with closing(_decode_steps(llm, n)) as steps:
+                with _decoding(llm, n) as step:
                     for width in orders[i % 2]:
                         _set_width(scheduler, width)
-                        _timed(steps, WARM_UP_STEPS)
+                        _timed(step, WARM_UP_STEPS)
                         found[width] += [
-                            _timed(steps, together) for _ in range(per_round // together)
+                            _timed(step, together) for _ in range(per_round // together)
                         ]
                 bar.update()
             for measured in found.values():
@@ -97,15 +97,16 @@ def _set_width(scheduler: Any, width: int) -> None:
     scheduler.dynamic_sd_lookup = [width] * len(scheduler.dynamic_sd_lookup)
 
 
-def _timed(steps: Iterator[int], number: int) -> tuple[float, float]:
+def _timed(step: Callable[[], int], number: int) -> tuple[float, float]:
     """(rows of a step, seconds a step) over so many steps."""
     start = time.perf_counter()
-    rows = sum(next(steps) for _ in range(number))
+    rows = sum(step() for _ in range(number))
     return rows / number, (time.perf_counter() - start) / number
 
 
-def _decode_steps(llm: Any, num_requests: int) -> Generator[int]:
-    """Rows of one step after the other, `num_requests` decoding in each; aborted at the end."""
+@contextmanager
+def _decoding(llm: Any, num_requests: int) -> Iterator[Callable[[], int]]:
+    """A step with so many requests behind their prefill, which returns its rows; they are aborted at the end."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -117,6 +118,10 @@ def _decode_steps(llm: Any, num_requests: int) -> Generator[int]:
         output = schedule(*args, **kwargs)
         rows = output.total_num_scheduled_tokens
         return output
+
+    def step() -> int:
+        engine.step()
+        return rows
 
     config = engine.model_config
     # Room for the longest answers that trees can give.
@@ -132,9 +137,7 @@ def _decode_steps(llm: Any, num_requests: int) -> Generator[int]:
         decoding: set[str] = set()
         while len(decoding) < num_requests:
             decoding |= {output.request_id for output in engine.step()}
-        while True:
-            engine.step()
-            yield rows
+        yield step
     finally:
         engine.abort_request(names)
         scheduler.schedule = schedule
