@@ -69,8 +69,10 @@ def case(tiny_model, tmp_path_factory):
     return model, adapter, run(model, requests(), **OPTIONS)
 
 
-def drafted_and_accepted(llm) -> tuple[int, int]:
-    return tuple(metric(llm, f"spec_decode_num_{n}_tokens") for n in ("draft", "accepted"))
+def counters(llm) -> list[int]:
+    """Depths drafted, depths accepted, preemptions."""
+    names = "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "num_preemptions"
+    return [metric(llm, name) for name in names]
 
 
 def check_sleep_keeps_the_tables(runner) -> None:
@@ -133,12 +135,11 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
-        before = drafted_and_accepted(llm)
+        before = counters(llm)
         with nullcontext([]) if drafts == "oracle" else device_reads() as reads:
             outputs = generate(llm, requests())
         assert not reads, "the host waits for the device"
-        drafted, accepted = (b - a for a, b in zip(before, drafted_and_accepted(llm), strict=True))
-        preempted = metric(llm, "num_preemptions")
+        drafted, accepted, preempted = (b - a for a, b in zip(before, counters(llm), strict=True))
         check_sleep_keeps_the_tables(runner_of(llm))
         check_profile_run(runner_of(llm), num_requests=4 if drafts == "oracle" else 2)
         free = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
@@ -155,6 +156,7 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
     lengths = [len(step.tokens) for step in steps if step.line > 0]
     print(f"{len(steps)} steps, {preempted} preemptions, lengths {sorted(lengths)}")
     assert len(lengths) > 20
+    assert preempted > 0
     # Padded blocks without candidates offer no depth; cut ones offer less than their line.
     assert 0 < drafted <= sum(max(step.line, 0) for step in steps)  # one template: line D offers D
     assert accepted == sum(len(step.tokens) - 1 for step in steps)

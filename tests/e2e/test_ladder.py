@@ -30,6 +30,7 @@ from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.scheduler import BitaScheduler, depth_of_line
 from bita_vllm.tree import Template, TemplateTable
 
+pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 VOCAB_SIZE = 64
 TEMPLATES = [
     Template.from_widths([1], 1),  # 4 rows
@@ -134,8 +135,8 @@ def test_widths_follow_what_is_accepted(
 ):
     """Drafts that are hardly ever right: plain decoding soon; that often are: more rows. The tokens stay the same.
 
-    A row costs what makes the first width the best one with the acceptance that the adapter claims. Steps take
-    what the ladder says, on any machine: what is accepted alone moves the widths.
+    Rows cost so much that it depends on what is accepted whether they pay. Steps take what the ladder says, on any
+    machine, so that the widths do not follow its load.
     """
     model = tiny_model("llama", vocab_size=VOCAB_SIZE, **MODEL)
     adapter = make_adapter(model, tmp_path / "adapter")

@@ -19,6 +19,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams
 
+pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 VOCAB_SIZE = 512
 EOS = 1
 SEEDED = {"temperature": 1.0, "seed": 7}
