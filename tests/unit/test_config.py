@@ -453,9 +453,11 @@ def test_gpu_refuses_the_v1_runner(make, on_gpu, monkeypatch):
     assert "VLLM_USE_V2_MODEL_RUNNER=0 is set" in refused(make)
 
 
-def test_batch_sharded_sampling_is_refused(make, on_gpu):
-    options = {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}
-    assert "enable_batch_sharded_sampling" in refused(lambda: make(**options))
+def test_batch_sharded_sampling_is_refused(make):
+    config = make(tensor_parallel_size=2)
+    config.parallel_config.enable_batch_sharded_sampling = True  # vLLM's V2 runner only
+    message = refused(lambda: bita_config.check_engine(config, get_settings(config)))
+    assert "enable_batch_sharded_sampling" in message
 
 
 def test_gpu_refuses_another_attention_backend(make, on_gpu):
