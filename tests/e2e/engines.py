@@ -7,6 +7,7 @@ In the process, so that a test can look into the runner and put known tokens int
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ import v2_on_cpu
 from transformers import AutoModelForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.v1.executor import multiproc_executor
 
 from bita_vllm import config as bita_config
@@ -63,10 +65,8 @@ def in_this_process() -> Iterator[None]:
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         # vLLM does it a dozen times an engine: seconds, as long as all the rest of a tiny one's start.
         patch.setattr(gc, "collect", lambda generation=2: 0)
-        # Tensor-parallel ranks: forked, as importing vLLM anew takes a quarter of a minute; this
-        # process has one thread and all of our patches, and so have they.
-        patch.setattr(multiproc_executor, "get_mp_context", lambda: get_context("fork"))
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if options.get("tensor_parallel_size", 1) > 1:
+            _fork_ranks(patch)
         if ON_GPU_RUNNER:
             from vllm.v1.attention.backends import triton_attn
             from vllm.v1.attention.ops import triton_unified_attention
@@ -108,6 +108,15 @@ def engine(
             del llm
             cleanup_dist_env_and_memory()
     gc.collect()
+
+
+def _fork_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Ranks start with what this process has: its one thread, our patches, and vLLM, whose import takes long."""
+    patch.setattr(multiproc_executor, "get_mp_context", lambda: get_context("fork"))
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # Compiled in every engine, which takes seconds, and which the interpreter's stand-in driver cannot.
+    compiled = vocab_parallel_embedding.get_masked_input_and_mask
+    patch.setattr(vocab_parallel_embedding, compiled.__name__, inspect.unwrap(compiled))
 
 
 def generate(llm: LLM, requests: Requests) -> list[RequestOutput]:
