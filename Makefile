@@ -29,7 +29,7 @@ model: .venv/cpu.stamp
 serve: model $(LADDER)
 	$(FAST) $(BIN)/vllm serve "$$($(BIN)/python -m bita_vllm.embedded)" --served-model-name smollm2 \
 		--speculative-config '{"method": "bita", "model": "$(ADAPTER)", "ladder": "$(LADDER)"}' \
-		--dtype "$(DTYPE)" --max-model-len 2048 --port $(PORT) $(ARGS)
+		--dtype "$(DTYPE)" --max-model-len 2048 --gpu-memory-utilization 0.4 --port $(PORT) $(ARGS)
 
 # Times steps on this machine, once: how many rows pay at which load, plain vLLM where none do.
 $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model

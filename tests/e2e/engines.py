@@ -58,14 +58,14 @@ def idle_threads() -> int:
 
 
 @contextmanager
-def in_this_process() -> Iterator[None]:
-    """Engines started inside run in this process, on the runner that is tested."""
+def in_this_process(num_ranks: int = 1) -> Iterator[None]:
+    """Engines started inside run in this process, on the runner that is tested; of several ranks, in its children."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         # vLLM does it a dozen times an engine: seconds, as long as all the rest of a tiny one's start.
         patch.setattr(gc, "collect", lambda generation=2: 0)
-        if options.get("tensor_parallel_size", 1) > 1:
+        if num_ranks > 1:
             _fork_ranks(patch)
         if ON_GPU_RUNNER:
             from vllm.v1.attention.backends import triton_attn
@@ -99,7 +99,7 @@ def engine(
         # All of it is written at the start.
         "kv_cache_memory_bytes": 2**27 if ON_GPU_RUNNER else 2**30,
     }
-    with torch_threads(threads), in_this_process():
+    with torch_threads(threads), in_this_process(options.get("tensor_parallel_size", 1)):
         llm = LLM(str(model), **{**defaults, **options})
         try:
             yield llm
