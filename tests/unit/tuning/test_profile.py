@@ -1,0 +1,31 @@
+"""What a profile asks of the engine."""
+
+import pytest
+
+from bita_vllm.adapter_config import ModelShape
+from bita_vllm.tree import Template
+from bita_vllm.tuning.profile import graph_sizes, kv_cache_bytes, profile_ladder
+
+LLAMA_8B = ModelShape(
+    num_layers=32, hidden_size=4096, num_kv_heads=8, head_size=128, vocab_size=128256
+)
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize(("requests", "tokens"), [(1, 197), (16, 250), (128, 369)])
+def test_every_request_finds_its_kv_blocks(block, requests, tokens):
+    bytes_a_block = block * 32 * 2 * 8 * 128 * 2
+    blocks = kv_cache_bytes(LLAMA_8B, requests, tokens, bytes_a_value=2) // bytes_a_block
+    needed = requests * -(-tokens // block) + 1  # vLLM keeps one for itself
+    assert needed <= blocks <= needed + (requests + 1) * 128 // block + tokens
+
+
+def test_every_width_is_named_but_for_the_batches_that_are_timed():
+    """All of them plain: a profile sets its widths itself, from plain steps on."""
+    templates = [Template.from_widths(widths, 3) for widths in ([1], [3, 2])]
+    ladder = profile_ladder({t.num_rows - 1: t for t in templates}, 8)
+    assert ladder.lookup(10).tolist() == [0] * 9 + ladder.widths
+
+
+def test_graphs_are_captured_for_the_points_and_nothing_else():
+    assert graph_sizes([1, 4], [3, 15]) == [1, 4, 16, 64]
