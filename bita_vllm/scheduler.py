@@ -1,7 +1,8 @@
 """vLLM's scheduler with speculative statistics in tree depths, and with widths that follow the load.
 
 To the scheduler a step block is R-1 draft tokens; to a user a draft is as long as the tree is deep.
-Source: Scheduler.schedule, update_from_output, make_spec_decoding_stats (vllm/v1/core/sched/scheduler.py).
+Source: Scheduler.schedule, update_from_output, update_draft_token_ids, make_spec_decoding_stats
+(vllm/v1/core/sched/scheduler.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ logger = init_logger("vllm.bita")
 class _BlockScheduler(Scheduler):
     """Stock scheduling; `vllm:spec_decode_*` counts depths offered and depths accepted, never rows.
 
-    Widths are those of the ladder's table, which follows what steps take and what is accepted (tuning/online.py).
+    Widths are those of the ladder's table, which follows what steps take and what is accepted (tuning/online.py);
+    requests whose blocks do not pay go without for a while (tuning/accounts.py).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,10 @@ from vllm.platforms.cpu import CpuPlatform
 
 from bita_vllm import cli
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree_search import acceptance_table
 from bita_vllm.tuning import profile
+from bita_vllm.tuning.choose import choose_ladder
+from bita_vllm.tuning.cost import MeasuredCost
 
 
 def schedule_ahead(monkeypatch):
@@ -62,6 +65,9 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
             assert 9 <= rows[2] <= 12
     assert all(0 < seconds < 5 for _, _, seconds in points)
     assert ladder.provenance["device"]
+    cost, acceptance = MeasuredCost(points), acceptance_table(None, 3)
+    expected, _ = choose_ladder(acceptance, cost, 5, padded=ON_GPU_RUNNER)
+    assert ladder.batch_sizes == list(expected.batch_sizes)
     output = capsys.readouterr()
     assert "to plain" in output.out
     assert "no acceptance statistics" in output.err
