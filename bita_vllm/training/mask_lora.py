@@ -85,6 +85,24 @@ class MaskLora(nn.Module):
         layers = sorted({layer_number(name) for name in self.module_names})
         return f"rank {self.rank}, alpha {self.alpha:g}, {','.join(kinds)} in layers {layers}"
 
+    def grow(self, rank: int, seed: int = 0) -> None:
+        """A larger rank, the same deltas: what is added to A is random, to B zero.
+
+        Raises AdapterError for a smaller one.
+        """
+        more = rank - self.rank
+        if more < 0:
+            raise AdapterError(
+                f"The low-rank deltas have rank {self.rank}, but rank {rank} was asked for; give {self.rank} or more, "
+                "or cut them first (bita shrink)."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        for a, b in zip(self.lora_a, self.lora_b, strict=True):
+            new = torch.randn(more, a.shape[1], generator=generator) / math.sqrt(a.shape[1])
+            a.data = torch.cat([a.data, new.to(a)])
+            b.data = torch.cat([b.data, b.new_zeros(len(b), more)], dim=1)
+        self.rank, self.alpha = rank, self.alpha * rank / self.rank
+
     def attach(self, base: PreTrainedModel) -> None:
         """Add the deltas to the outputs of `base`'s linear layers from now on."""
         for index, name in enumerate(self.module_names):

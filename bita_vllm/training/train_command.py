@@ -160,7 +160,14 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
         name = os.path.abspath(args.model) if os.path.isdir(args.model) else args.model
         verifier = args.verifier or name
         model = new_model(base, args.mask_tokens, args.prompt_tokens, args.seed, text, verifier)
-    if args.lora_rank and model.lora is None:
+    if args.lora_rank and model.lora is not None:
+        if args.lora_targets or args.lora_layers or args.lora_alpha:
+            raise AdapterError(
+                f"--start-from has low-rank deltas ({model.lora}); --lora-targets, --lora-layers and --lora-alpha are "
+                "of new ones: leave them out."
+            )
+        model.lora.grow(args.lora_rank, args.seed)
+    elif args.lora_rank:
         model.add_lora(
             MaskLora.for_model(
                 base,

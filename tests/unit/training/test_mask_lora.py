@@ -55,6 +55,21 @@ def test_half_precision_deltas_train_in_fp32(base):
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
 
 
+def test_a_larger_rank_starts_with_the_same_deltas(base):
+    lora = filled(base, targets=["q_proj"])
+    before = lora.weights(base)
+    lora.grow(6)
+    after = MaskLora.from_weights(lora.weights(base), base)
+    assert (after.rank, after.alpha, tuple(after.lora_a[0].shape)) == (6, 12.0, (6, 128))
+    for (old_a, old_b), a, b in zip(
+        before.modules.values(), after.lora_a, after.lora_b, strict=True
+    ):
+        torch.testing.assert_close(2 * b @ a, 2 * old_b @ old_a)
+        assert a[4:].std() > 0.05  # with A at zero too the new directions would never learn
+    with pytest.raises(AdapterError, match="have rank 6, but rank 4 was asked for"):
+        lora.grow(4)
+
+
 def test_a_merged_delta_is_the_definition(base):
     """The hook's output is the linear layer's with W + alpha/rank * B A; without it, with W."""
     lora = filled(base, targets=["o_proj"], layers=[1])

@@ -65,6 +65,23 @@ def test_trains_resumes_and_starts_from_an_adapter(model, data, tmp_path, capsys
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
 
+def test_deltas_grow_from_an_adapter_with_fewer(model, data, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ["train", str(model), "--data", str(data), *RUN]
+    assert main([*command, "--out", str(first), "--lora-rank", "2"]) == 0
+    grow = [*command, "--out", str(second), "--start-from", str(first), "--lora-rank"]
+    assert main([*grow, "4"]) == 0
+    config = json.loads((second / "mask_lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    capsys.readouterr()
+    for options, message in (
+        (["1"], "have rank 2, but rank 1 was asked for"),
+        (["2", "--lora-targets", "q_proj"], "are of new ones: leave them out"),
+    ):
+        assert main([*grow, *options]) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_give_one_processs_losses(model, data, tmp_path):
     """torchrun and FSDP2 on two gloo processes; batches of five sequences: shares of 3 and 2."""
