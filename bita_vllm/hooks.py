@@ -98,6 +98,11 @@ CPU_OVERRIDES = (
         "(self, load_dummy_weights=)",
     ),
     Hook(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        "gives a linear layer the product that it computes with",
+        "(layer, remove_weight)",
+    ),
+    Hook(
         f"{_RUNNER}._prepare_inputs",
         "positions are tree depths",
         "(self, scheduler_output, num_scheduled_tokens)",

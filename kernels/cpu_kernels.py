@@ -1,4 +1,4 @@
-"""`torch.ops.bita.{tree_attention_cpu, add_mask_lora_cpu}`: cpu_kernels.cpp, built for this machine once.
+"""`torch.ops.bita.{tree_attention_cpu, add_mask_lora_cpu, linear_cpu}`: C++, built for this machine once.
 
 Without a C++ compiler they are their twins in torch, with a warning: the same results, more slowly.
 """
@@ -11,15 +11,18 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels.linear_cpu_naive import linear_cpu_naive
 from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from torch.utils import cpp_extension
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "linear_cpu.cpp")]
 CACHE = Path.home() / ".cache" / "bita" / "kernels"
 # Not -ffast-math: a masked score is minus infinity.
 FLAGS = [
@@ -47,10 +50,21 @@ OPERATIONS = {
         "Tensor num_mask_rows) -> ()",
         add_mask_lora_naive,
     ),
+    "linear_cpu": (
+        "(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
+        linear_cpu_naive,
+    ),
 }
 
 logger = logging.getLogger("vllm.bita")
 _library = torch.library.Library("bita", "FRAGMENT")
+
+
+def _shape_of_result(name: str) -> Callable[..., Any]:
+    """What torch.compile traces in an operation's place."""
+    if name == "linear_cpu":
+        return lambda x, packed, bias, out_features: x.new_empty(*x.shape[:-1], out_features)
+    return lambda *_: None
 
 
 class BuildError(RuntimeError):
@@ -62,7 +76,7 @@ def register() -> bool:
     """Make the operations known to torch; False if they are the twins. Builds where no build is found."""
     for name, (arguments, _) in OPERATIONS.items():
         _library.define(name + arguments)
-        torch.library.register_fake(f"bita::{name}", lambda *_: None)
+        torch.library.register_fake(f"bita::{name}", _shape_of_result(name))
     try:
         torch.ops.load_library(build(CACHE))
     except (BuildError, OSError) as error:
@@ -88,7 +102,9 @@ def build(folder: Path) -> Path:
         raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH")
     # Says what -march=native means here.
     macros = run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    key = "\n".join([SOURCE.read_text(), *FLAGS, torch.__version__, macros])
+    key = "\n".join(
+        [*(source.read_text() for source in SOURCES), *FLAGS, torch.__version__, macros]
+    )
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if library.is_file():
         return library
@@ -97,11 +113,15 @@ def build(folder: Path) -> Path:
     torch_folder = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Moved into its place when whole: another process may build it at the same time.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        compiled, made = f"{scratch}/kernels.o", Path(scratch) / library.name
-        run([compiler, *FLAGS, *headers, "-c", str(SOURCE), "-o", compiled])
+        compiled, made = (
+            [f"{scratch}/{source.stem}.o" for source in SOURCES],
+            Path(scratch) / library.name,
+        )
+        for source, to in zip(SOURCES, compiled, strict=True):
+            run([compiler, *FLAGS, *headers, "-c", str(source), "-o", to])
         # OpenMP is the one that torch has loaded: a second one would have threads of its own.
         torch_libraries = [*torch_folder, "-lc10", "-ltorch", "-ltorch_cpu"]
-        run([compiler, "-shared", compiled, "-o", str(made), *torch_libraries])
+        run([compiler, "-shared", *compiled, "-o", str(made), *torch_libraries])
         made.replace(library)
     return library
 
