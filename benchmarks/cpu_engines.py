@@ -16,7 +16,10 @@ import psutil
 
 @dataclass(frozen=True)
 class Arm:
-    """One engine: plain vLLM (no tree), or BiTA with an adapter, a tree and perhaps a row budget."""
+    """One engine: plain vLLM (no tree), or BiTA with an adapter, a tree and perhaps a row budget.
+
+    The tree 'none' is BiTA without drafts: what its kernels alone do.
+    """
 
     name: str
     adapter: str = ""
@@ -34,13 +37,17 @@ class Arm:
     def speculative_config(self) -> dict[str, Any] | None:
         if not self.tree:
             return None
-        config: dict[str, Any] = {"method": "bita", "model": self.adapter, "tree": self.tree}
+        config: dict[str, Any] = {"method": "bita", "model": self.adapter}
+        if self.tree == "none":
+            return {**config, "ladder": str(NO_DRAFTS)}
+        config["tree"] = self.tree
         if self.row_budget is not None:
             config["num_speculative_tokens"] = self.row_budget - 1
         return config
 
 
 PLAIN = Arm("plain")
+NO_DRAFTS = Path(__file__).parent / "data" / "no_drafts_ladder.json"  # width 0 at every batch size
 
 
 @dataclass
@@ -97,7 +104,11 @@ def engine_facts(vllm_config: Any) -> dict[str, Any]:
         return {"rows": 1, "block": "one row"}
     from bita_vllm.config import get_settings
 
-    template = get_settings(vllm_config).template  # type: ignore[union-attr]
+    settings = get_settings(vllm_config)
+    assert settings is not None
+    if not settings.ladder.lookup(1)[1]:
+        return {"rows": 1, "block": "one row, by bita's kernels"}
+    template = settings.template
     return {"rows": template.num_rows, "block": template.describe()}
 
 
@@ -143,8 +154,6 @@ def measure(
 
 def peak_rss_mib() -> float:
     """Peak resident memory of this process and the engine's processes, summed."""
-    import psutil
-
     total = 0
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:

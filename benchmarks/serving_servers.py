@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpu_engines import NO_DRAFTS
 from server_process import ServerProcess
 from serving_report import PLAIN
 
@@ -31,6 +32,7 @@ def all_arms(adapter: str, ladder: str | None) -> list[Arm]:
         Arm(PLAIN, {}),
         Arm("bita-52", {**bita, "tree": "5,4,3"}),
         Arm("bita-chain", {**bita, "tree": "1,1,1"}),
+        Arm("bita-no-drafts", {**bita, "ladder": str(NO_DRAFTS)}),
         Arm("bita-auto", {**bita, **({"ladder": ladder} if ladder else {})}),
         Arm("ngram", {"method": "ngram", **ngram}),
         # Prompts come again at every concurrency: answers of earlier ones must not be in its cache.

@@ -21,7 +21,7 @@ constexpr int kLanes = 8;
 constexpr int kPanel = 16;  // output features whose weights lie together, input feature by input feature
 constexpr int kPair = 2;    // panels that a thread takes at once
 constexpr int kMostRows = 6;        // of a tile: 6 x 2 sums of 8, and what is multiplied, fill 16 registers
-constexpr int64_t kDepth = 256;     // products summed before they are added to the sum so far
+constexpr int64_t kDepth = 256;     // most products summed before they are added to the sum so far
 constexpr int64_t kCached = 65'536; // values of rows that stay in a core's cache
 constexpr int64_t kWork = 100'000;  // multiplications that are worth a thread
 
@@ -51,7 +51,7 @@ inline void load(const c10::BFloat16* from, Lanes& low, Lanes& high) {
 }
 
 // out[i][0..width) += x[i] . w, for Rows rows and Panels panels of `depth` x kPanel weights, `panel_size` apart.
-// Meanwhile what lies kDepth further, needed next, is on its way into the cache.
+// Meanwhile what lies behind, needed next, is on its way into the cache.
 template <int Rows, int Panels, typename W>
 void tile(const float* x, int64_t ldx, const W* w, int64_t panel_size, int64_t depth, float* out, int64_t ldo,
           int64_t width) {
@@ -63,7 +63,7 @@ void tile(const float* x, int64_t ldx, const W* w, int64_t panel_size, int64_t d
     for (int j = 0; j < Panels; ++j) {
       const W* from = w + j * panel_size + k * kPanel;
       load(from, weights[2 * j], weights[2 * j + 1]);
-      __builtin_prefetch(from + kDepth * kPanel);
+      __builtin_prefetch(from + depth * kPanel, 0, 2);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < Rows; ++i) {
@@ -117,6 +117,7 @@ void linear(const at::Tensor& x, const at::Tensor& packed, const float* bias, at
   const float* from = x.const_data_ptr<float>();
   const W* weights = packed.const_data_ptr<W>();
   float* to = out.mutable_data_ptr<float>();
+  const int64_t num_parts = (depth + kDepth - 1) / kDepth, part = (depth + num_parts - 1) / num_parts;
   const int64_t block = std::max<int64_t>(1, kCached / (depth * kMostRows)) * kMostRows;
   const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, m * depth * wide));
   at::parallel_for(0, packed.size(0) / kPair, grain, [&](int64_t begin, int64_t end) {
@@ -126,9 +127,9 @@ void linear(const at::Tensor& x, const at::Tensor& packed, const float* bias, at
         float* target = to + row * ldo + column;
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < width; ++j) target[i * ldo + j] = bias == nullptr ? 0.0f : bias[column + j];
-        for (int64_t k = 0; k < depth; k += kDepth)
+        for (int64_t k = 0; k < depth; k += part)
           multiply_rows(from + row * ldx + k, ldx, rows, weights + column * depth + k * kPanel, panel_size,
-                        std::min(kDepth, depth - k), target, ldo, width);
+                        std::min(part, depth - k), target, ldo, width);
       }
   });
 }
