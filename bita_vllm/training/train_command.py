@@ -122,7 +122,7 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
 
     import torch
 
-    from bita_vllm.adapter import AdapterError
+    from bita_vllm.adapter import AdapterConfig, AdapterError
     from bita_vllm.training.base_model import load_base, load_tokenizer
     from bita_vllm.training.distributed import shard_layers
     from bita_vllm.training.initial import new_model
@@ -190,6 +190,9 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(),
     }
+    if args.start_from:
+        before = AdapterConfig.load(args.start_from).raw.get("training", {})
+        provenance["started_from"] = {"adapter": portable_name(args.start_from), **before}
     trainer = Trainer(model, samples, config, args.out, provenance, args.chunk_rows, processes)
     if args.resume:
         trainer.resume()

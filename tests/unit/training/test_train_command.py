@@ -73,6 +73,8 @@ def test_deltas_grow_from_an_adapter_with_fewer(model, data, tmp_path, capsys):
     assert main([*grow, "4"]) == 0
     config = json.loads((second / "mask_lora" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 4)
+    origin = json.loads((second / "config.json").read_text())["training"]["started_from"]
+    assert origin["adapter"] == "first" and origin["steps_done"] == 3
     capsys.readouterr()
     for options, message in (
         (["1"], "have rank 2, but rank 1 was asked for"),
