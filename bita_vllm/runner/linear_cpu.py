@@ -1,7 +1,7 @@
 """Linear layers of the CPU runner: weights packed for steps of few rows.
 
 vLLM gives every unquantised linear layer and output head on a CPU a `cpu_linear`, oneDNN's product. On a CPU without
-AVX-512 it takes twice the time that memory needs for one row, and half as much again for 16; ours: docs/kernels.md.
+AVX-512 it takes twice the time that memory needs for one row, and twice as long for 16; ours: docs/kernels.md.
 Source: dispatch_cpu_unquantized_gemm (vllm/model_executor/layers/utils.py).
 """
 
