@@ -1,5 +1,9 @@
 """The CPU kernels beside their twins, and what happens where they cannot be built. Attention: test_attention_cpu.py."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from bita_kernels import cpu_kernels
@@ -52,6 +56,14 @@ def test_a_mask_row_alone_gets_the_same_bits():
         alone = output.clone()
         torch.ops.bita.add_mask_lora_cpu(alone, *arguments, row[None], torch.tensor([1]))
         assert torch.equal(alone[row], together[row])
+
+
+def test_an_installed_package_has_the_sources(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True)
+    for source in cpu_kernels.SOURCES:
+        assert (tmp_path / "bita_kernels" / source.name).is_file()
 
 
 def test_a_build_is_made_once(tmp_path, monkeypatch):
