@@ -104,6 +104,7 @@ class BitaSpeculativeConfig(SpeculativeConfig):
     """vLLM's speculative config for a run with bita; `bita` holds the settings."""
 
     bita: InstanceOf[BitaSettings] = None  # type: ignore[assignment]
+    packs_linear_layers: bool = False  # the CPU runner says so, before the model is compiled
 
     def __post_init__(self) -> None:
         """What vLLM does for its own method of that name, without a warning or a lookup."""
@@ -121,9 +122,10 @@ class BitaSpeculativeConfig(SpeculativeConfig):
         return False
 
     def compute_hash(self) -> str:
-        """The embedding of mask ids and the deltas are part of the compiled graph, so of the hash."""
+        """The embedding of mask ids, deltas and packed layers are part of the compiled graph, so of the hash."""
         bita = self.bita
-        factors = (super().compute_hash(), METHOD, bita.num_mask_tokens, bita.mask_lora)
+        ours = METHOD, bita.num_mask_tokens, bita.mask_lora, self.packs_linear_layers
+        factors = (super().compute_hash(), *ours)
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 
     def __repr__(self) -> str:

@@ -26,7 +26,7 @@ from bita_vllm.attention.cpu import (
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.ladder import PLAIN_WIDTH
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
-from bita_vllm.runner.linear_cpu import packed_linear_layers
+from bita_vllm.runner.linear_cpu import cpu_gains, packed_linear_layers
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.mask_lora import MaskLoraMethod
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
@@ -74,7 +74,9 @@ class BitaCPUModelRunner(CPUModelRunner):
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
-        linear_layers = packed_linear_layers() if cpu_kernels.register() else nullcontext()
+        packs = cpu_kernels.register() and cpu_gains()
+        self.speculative_config.packs_linear_layers = packs
+        linear_layers = packed_linear_layers() if packs else nullcontext()
         tree_attention = attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend)
         with linear_layers, tree_attention:
             super().load_model(load_dummy_weights)

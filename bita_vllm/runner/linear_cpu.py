@@ -34,10 +34,14 @@ def packed_linear_layers() -> Iterator[None]:
         yield
 
 
+def cpu_gains() -> bool:
+    """CPUs with AVX2 and no more: where it was measured."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def is_faster_packed(weight: torch.Tensor) -> bool:
-    """fp32 layers, on CPUs with AVX2 and no more: where it was measured."""
-    plain = weight.ndim == 2 and weight.dtype == torch.float32 and not weight.is_meta
-    return plain and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """fp32 layers, on CPUs that gain."""
+    return weight.ndim == 2 and weight.dtype == torch.float32 and not weight.is_meta and cpu_gains()
 
 
 def pack(layer: Any, remove_weight: bool) -> None:

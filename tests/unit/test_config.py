@@ -209,6 +209,13 @@ def test_compile_cache_does_not_mix_bita_with_plain(make, tiny_model):
     assert make().compute_hash() != plain.compute_hash()
 
 
+def test_compile_cache_does_not_mix_packed_layers_with_vllms(make):
+    config = make()
+    before = config.compute_hash()
+    config.speculative_config.packs_linear_layers = True
+    assert config.compute_hash() != before
+
+
 def test_compile_cache_does_not_mix_deltas_of_other_ranks_and_modules(make, adapter, tmp_path):
     """What is compiled follows from rank and modules, not from the values."""
     hashes = [make().compute_hash()]
