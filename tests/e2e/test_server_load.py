@@ -27,6 +27,8 @@ pytestmark = [
 ]
 
 VOCAB_SIZE = 64
+# Large enough that a step takes longer than the front end needs for its chunks: else a chunk holds many steps.
+MODEL_SIZE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
 CLIENTS = 64
 # Every width drafts to a depth of its own, which the server's metrics tell: that is how it is seen.
 DEPTH_3 = Template.from_widths([3, 2, 1], 3)
@@ -36,25 +38,24 @@ LADDER = Ladder(
     {template.num_rows - 1: template for template in (DEPTH_1, DEPTH_2, DEPTH_3)},
     [
         (1, 2, DEPTH_3.num_rows - 1),
-        (3, 8, DEPTH_2.num_rows - 1),
-        (9, 24, 0),
+        (3, 8, 0),
+        (9, 24, DEPTH_2.num_rows - 1),
         (25, CLIENTS, DEPTH_1.num_rows - 1),
     ],
 )
-DEPTHS = [3, 2, 0, 1]  # by range of batch sizes
-PEAK_CHUNKS = 16
+DEPTHS = [3, 0, 2, 1]  # by range of batch sizes
+# Both ends of every width, where the ramp waits for samples however late the server gives them, and some between.
+ENDS = {size for first, last, _ in LADDER.batch_sizes for size in (first, last)}
+SIZES = sorted(ENDS | {5, 16, 44})
+HOLD = 12  # chunks that the first client gets at each size: so many steps, or more
 SAMPLE_EVERY = 4  # chunks
+SAMPLES = 3  # at both ends of a width
 MAX_TOKENS = 3500  # more than a client stays for, however slow the machine
-# A step at a change of width costs what its rows cost, and no step has more of these than one at the peak:
-# 64 x 6 rows, against 8 x 18 and 2 x 28. Ten times a step at the peak is a stall, whatever the machine does.
+# A step at a change of width costs what its rows cost, and no step has many more of these than one at the peak:
+# 64 x 6 rows, against 24 x 18 and 2 x 28. Ten times a step at the peak is a stall, whatever the machine does.
 STALL = 10
 RAMP_TIMEOUT_S = 400  # 40 s on an idle machine
 PAUSE = 2.0  # seconds that a busy machine may take away from any process, or as many as it did elsewhere
-
-
-def hold(clients: int) -> int:
-    """Chunks that the first client gets while there are that many: enough steps at every width."""
-    return 12 if clients <= 2 else 4 if clients <= 8 else PEAK_CHUNKS if clients == CLIENTS else 2
 
 
 @dataclass
@@ -109,7 +110,7 @@ async def ask(
 async def ramp(
     server: Server, prompts: list[list[int]]
 ) -> tuple[list[Answer], list[Sample], Sample]:
-    """One more client at a time, then one fewer: the last to come leaves first, by closing its connection.
+    """More clients from size to size, then fewer: the last to come leaves first, by closing its connection.
 
     All goes by the chunks that the first client gets, so a slow machine passes the same batch sizes.
     """
@@ -126,6 +127,12 @@ async def ramp(
         goal = answers[0].chunks + chunks
         await until(lambda: answers[0].chunks >= goal)
 
+    async def stay(clients: int) -> None:
+        before = len(samples)
+        await after(HOLD)
+        if clients in ENDS:
+            await until(lambda: [s.running for s in samples[before:]].count(clients) >= SAMPLES)
+
     async def watch(client: httpx.AsyncClient) -> None:
         while True:
             samples.append(await take_sample(client))
@@ -136,16 +143,18 @@ async def ramp(
         httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client,
         asyncio.TaskGroup() as group,  # a client that fails ends them all
     ):
-        clients = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            clients.append(group.create_task(ask(client, prompt, answer, something.set)))
-            await until(lambda answer=answer: answer.chunks > 0)
+        clients: list[asyncio.Task] = []
+        for size in SIZES:
+            for prompt, answer in [*zip(prompts, answers, strict=True)][len(clients) : size]:
+                clients.append(group.create_task(ask(client, prompt, answer, something.set)))
+            await until(lambda size=size: all(answer.chunks for answer in answers[:size]))
             if not samples:
                 watcher = group.create_task(watch(client))
-            await after(hold(len(clients)))
-        while len(clients) > 1:
-            clients.pop().cancel()
-            await after(hold(len(clients)))
+            await stay(size)
+        for size in reversed(SIZES[:-1]):
+            while len(clients) > size:
+                clients.pop().cancel()
+            await stay(size)
         watcher.cancel()
         clients.pop().cancel()
     async with httpx.AsyncClient(base_url=server.url) as client:
@@ -183,7 +192,7 @@ def longest_gaps(gaps: list[tuple[float, float]], samples: list[Sample]) -> tupl
 
 
 def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
-    model = tiny_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
+    model = tiny_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=4096, **MODEL_SIZE)
     adapter = make_adapter(model, tmp_path / "adapter")
     LADDER.save(adapter / LADDER_FILE)
     rng = np.random.default_rng(7)
@@ -207,6 +216,7 @@ def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
     step = statistics.median(end - begin for begin, end in gaps if at_peak[0] <= end <= at_peak[-1])
     at_a_change, elsewhere = longest_gaps(gaps, samples)
     print(
+        f"{len(answers[0].tokens)} tokens in {answers[0].chunks} chunks for the first client; "
         f"a step at the peak: {1e3 * step:.0f} ms; longest gap at a change of width: "
         f"{1e3 * at_a_change:.0f} ms, elsewhere: {1e3 * elsewhere:.0f} ms"
     )
