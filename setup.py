@@ -9,5 +9,5 @@ setup(
         *(f"bita_kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"bita_kernels": "kernels"},
-    package_data={"bita_kernels": ["*.cpp"]},
+    package_data={"bita_kernels": ["*.cpp", "*.h"]},
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from bita_kernels import cpu_kernels
+from bita_kernels.add_mask_lora_cpu_naive import pack_mask_lora
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from provenance import provenance
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -106,12 +107,10 @@ def ways(layer: str, num_requests: int, rank: int) -> dict[str, Callable[[], Non
     punica_a = tuple(torch.stack([t, torch.zeros_like(t)])[:, None] for t in a)
     punica_b = tuple(torch.stack([t, torch.zeros_like(t)])[:, None] for t in b)
 
-    by_columns = stacked_b.T.contiguous().T
+    packed = pack_mask_lora(stacked_a, stacked_b, columns)
 
     def ours(output: torch.Tensor) -> None:
-        torch.ops.bita.add_mask_lora_cpu(
-            output, x, stacked_a, by_columns, columns, mask_rows, count
-        )
+        torch.ops.bita.add_mask_lora_cpu(output, x, *packed, columns, mask_rows, count)
 
     def twin(output: torch.Tensor) -> None:
         add_mask_lora_naive(output, x, stacked_a, stacked_b, columns, mask_rows, count)

@@ -27,7 +27,7 @@ def add_mask_lora_naive(
 ) -> None:
     """`output[r, columns of part p] += B_p A_p x[r]` for every mask row r; other rows are not touched.
 
-    The specification of `add_mask_lora`: the same arguments. The CPU runner computes with it.
+    The specification of `add_mask_lora`: the same arguments.
     """
     num = int(num_mask_rows)
     if num == 0:

@@ -11,18 +11,20 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive
 from bita_kernels.linear_cpu_naive import linear_cpu_naive
 from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from torch.utils import cpp_extension
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "linear_cpu.cpp")]
+FOLDER = Path(__file__).parent
+SOURCES = sorted(FOLDER.glob("*.cpp"))
+HEADERS = sorted(FOLDER.glob("*.h"))
 CACHE = Path.home() / ".cache" / "bita" / "kernels"
 # Not -ffast-math: a masked score is minus infinity.
 FLAGS = [
@@ -36,7 +38,13 @@ FLAGS = [
     "-fPIC",
 ]
 BUILD_TIMEOUT_S = 600  # 12 s on an idle machine
-# name: (arguments, twin); what they are stands in the twins
+
+
+def no_result(*arguments: Any) -> None:
+    """What torch.compile traces in the place of an operation that only writes."""
+
+
+# name: (arguments, twin, what torch.compile traces in its place); what the arguments are stands in the twins
 OPERATIONS = {
     "tree_attention_cpu": (
         "(Tensor query, Tensor kv_cache, Tensor block_table, Tensor first_row, Tensor num_rows, "
@@ -44,27 +52,23 @@ OPERATIONS = {
         "Tensor prompt_keys, Tensor prompt_values, Tensor(a!) out, float scale, float softcap, "
         "int window) -> ()",
         tree_attention_cpu_naive,
+        no_result,
     ),
     "add_mask_lora_cpu": (
-        "(Tensor(a!) output, Tensor x, Tensor lora_a, Tensor lora_b, Tensor parts, Tensor mask_rows, "
+        "(Tensor(a!) output, Tensor x, Tensor packed_a, Tensor packed_b, Tensor parts, Tensor mask_rows, "
         "Tensor num_mask_rows) -> ()",
-        add_mask_lora_naive,
+        add_mask_lora_cpu_naive,
+        no_result,
     ),
     "linear_cpu": (
         "(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor",
         linear_cpu_naive,
+        lambda x, packed, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
     ),
 }
 
 logger = logging.getLogger("vllm.bita")
 _library = torch.library.Library("bita", "FRAGMENT")
-
-
-def _shape_of_result(name: str) -> Callable[..., Any]:
-    """What torch.compile traces in an operation's place."""
-    if name == "linear_cpu":
-        return lambda x, packed, bias, out_features: x.new_empty(*x.shape[:-1], out_features)
-    return lambda *_: None
 
 
 class BuildError(RuntimeError):
@@ -74,9 +78,9 @@ class BuildError(RuntimeError):
 @cache
 def register() -> bool:
     """Make the operations known to torch; False if they are the twins. Builds where no build is found."""
-    for name, (arguments, _) in OPERATIONS.items():
+    for name, (arguments, _, traced) in OPERATIONS.items():
         _library.define(name + arguments)
-        torch.library.register_fake(f"bita::{name}", _shape_of_result(name))
+        torch.library.register_fake(f"bita::{name}", traced)
     try:
         torch.ops.load_library(build(CACHE))
     except (BuildError, OSError) as error:
@@ -85,7 +89,7 @@ def register() -> bool:
             "Install a C++ compiler (g++) to have them.",
             error,
         )
-        for name, (_, twin) in OPERATIONS.items():
+        for name, (_, twin, _) in OPERATIONS.items():
             _library.impl(name, twin, "CPU")
         return False
     return True
@@ -103,7 +107,7 @@ def build(folder: Path) -> Path:
     # Says what -march=native means here.
     macros = run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     key = "\n".join(
-        [*(source.read_text() for source in SOURCES), *FLAGS, torch.__version__, macros]
+        [*(path.read_text() for path in SOURCES + HEADERS), *FLAGS, torch.__version__, macros]
     )
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if library.is_file():
@@ -117,8 +121,12 @@ def build(folder: Path) -> Path:
             [f"{scratch}/{source.stem}.o" for source in SOURCES],
             Path(scratch) / library.name,
         )
-        for source, to in zip(SOURCES, compiled, strict=True):
-            run([compiler, *FLAGS, *headers, "-c", str(source), "-o", to])
+        commands = [
+            [compiler, *FLAGS, *headers, "-c", str(source), "-o", to]
+            for source, to in zip(SOURCES, compiled, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(run, commands))
         # OpenMP is the one that torch has loaded: a second one would have threads of its own.
         torch_libraries = [*torch_folder, "-lc10", "-ltorch", "-ltorch_cpu"]
         run([compiler, "-shared", *compiled, "-o", str(made), *torch_libraries])

@@ -10,25 +10,42 @@ import torch
 import torch.nn.functional as F
 
 PANEL = 16  # output features
-PAIR = 2  # panels
+
+
+def smallest_dtype(
+    weight: torch.Tensor,
+) -> torch.dtype:
+    """bfloat16 if that is every weight's exact value, else fp32."""
+    exact = torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
+    return torch.bfloat16 if exact else torch.float32
 
 
 def pack_linear(
-    # [out, in] fp32
+    # [out, in]
     weight: torch.Tensor,
+    # bfloat16 or fp32
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`[panels, in, PANEL]`: bfloat16 if that is every weight's exact value, else fp32.
+    """`[panels, in, PANEL]`; what is beyond the last output is zero.
 
-    There is an even number of panels; what is beyond the last output is zero. In bfloat16, outputs j and j + 8 of a
-    panel lie beside each other, in one word.
+    In bfloat16, outputs j and j + 8 of a panel lie beside each other, in one word.
     """
-    half = weight.to(torch.bfloat16)
-    kept = half if torch.equal(half.to(weight.dtype), weight) else weight
-    missing = -len(kept) % (PAIR * PANEL)
-    panels = F.pad(kept, (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).transpose(1, 2)
-    if kept is half:
+    missing = -len(weight) % PANEL
+    panels = F.pad(weight.to(dtype), (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).transpose(1, 2)
+    if dtype == torch.bfloat16:
         panels = panels.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
     return panels.contiguous()
+
+
+def unpack_linear(
+    # [panels, in, PANEL], of pack_linear
+    packed: torch.Tensor,
+    out_features: int,
+) -> torch.Tensor:
+    """`[out, in]`, in the dtype of `packed`."""
+    if packed.dtype == torch.bfloat16:
+        packed = packed.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2)
+    return packed.transpose(1, 2).flatten(0, 1)[:out_features]
 
 
 def linear_cpu_naive(
@@ -44,7 +61,4 @@ def linear_cpu_naive(
 
     The specification of `linear_cpu`: the same arguments.
     """
-    if packed.dtype == torch.bfloat16:
-        packed = packed.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2)
-    weight = packed.transpose(1, 2).flatten(0, 1)[:out_features]
-    return F.linear(x, weight.to(x.dtype), bias)
+    return F.linear(x, unpack_linear(packed, out_features).to(x.dtype), bias)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
 from bita_kernels import cpu_kernels
+from bita_kernels.add_mask_lora_cpu_naive import pack_mask_lora
 from vllm.config import VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
@@ -28,7 +29,6 @@ from bita_vllm.ladder import PLAIN_WIDTH
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import cpu_gains, packed_linear_layers
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
-from bita_vllm.runner.mask_lora import MaskLoraMethod
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 
@@ -87,12 +87,9 @@ class BitaCPUModelRunner(CPUModelRunner):
             TreeCPUAttentionImpl,
             torch.float32,  # what tree attention computes in
             torch.ops.bita.add_mask_lora_cpu,
+            pack_mask_lora,
             self.device,
         )
-        for module in self.model.modules():
-            if isinstance(getattr(module, "quant_method", None), MaskLoraMethod):
-                # As the kernel reads it.
-                module.mask_lora_b = module.mask_lora_b.T.contiguous().T
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once

@@ -52,7 +52,7 @@ from bita_vllm.runner.loading import (
     put_in_adapter,
     replaced,
 )
-from bita_vllm.runner.mask_lora import opaque_operation
+from bita_vllm.runner.mask_lora import in_dtype, opaque_operation
 
 
 def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:
@@ -230,6 +230,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             TreeTritonAttentionImpl,
             self.dtype,
             add_mask_lora_to_blocks,
+            in_dtype(self.dtype),
             device,
         )
         state = BitaModelState(vllm_config, model, encoder_cache, device)

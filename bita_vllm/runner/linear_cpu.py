@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.utils as stock
-from bita_kernels.linear_cpu_naive import pack_linear
+from bita_kernels.linear_cpu_naive import pack_linear, smallest_dtype
 from torch import nn
 
 from bita_vllm.runner.loading import replaced
@@ -46,8 +46,9 @@ def is_faster_packed(weight: torch.Tensor) -> bool:
 
 def pack(layer: Any, remove_weight: bool) -> None:
     """`layer.cpu_linear` multiplies packed weights; with `remove_weight` they replace `layer.weight`, as in vLLM."""
-    out_features = len(layer.weight)
-    layer.register_buffer("packed_weight", pack_linear(layer.weight.detach()), persistent=False)
+    out_features, weight = len(layer.weight), layer.weight.detach()
+    packed = pack_linear(weight, smallest_dtype(weight))
+    layer.register_buffer("packed_weight", packed, persistent=False)
     if remove_weight:
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 

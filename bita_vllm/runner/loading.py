@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from bita_vllm.adapter import Adapter, ModelShape
 from bita_vllm.config import BitaSettings
 from bita_vllm.runner.embedding import insert_mask_embedding
-from bita_vllm.runner.mask_lora import AddMaskLora, MaskRows, put_in_mask_lora
+from bita_vllm.runner.mask_lora import AddMaskLora, MaskRows, PackMaskLora, put_in_mask_lora
 
 logger = init_logger("vllm.bita")
 
@@ -60,6 +60,7 @@ def put_in_adapter(
     # that tree attention reads prompt tokens in
     prompt_dtype: torch.dtype,
     add_mask_lora: AddMaskLora,
+    pack_mask_lora: PackMaskLora,
     device: torch.device,
 ) -> MaskRows | None:
     """Mask embeddings into the model, prompt tokens and deltas into every layer; one line in the log.
@@ -96,7 +97,7 @@ def put_in_adapter(
         # One more place than a step has rows.
         mask_rows = MaskRows(vllm_config.scheduler_config.max_num_batched_tokens + 1, device)
         delta_bytes = put_in_mask_lora(
-            model, adapter.mask_lora, mask_rows, add_mask_lora, model_config.dtype, device
+            model, adapter.mask_lora, mask_rows, add_mask_lora, pack_mask_lora, device
         )
         added += delta_bytes
         deltas = f", deltas of rank {adapter.mask_lora.rank} ({delta_bytes / 2**20:.1f} MiB)"

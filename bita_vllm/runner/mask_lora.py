@@ -32,6 +32,10 @@ from bita_vllm.mask_lora import MaskLoraWeights
 
 # (output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows) -> None: bita_kernels.add_mask_lora
 AddMaskLora = Callable[..., None]
+# (lora_a, lora_b, parts), fp32 -> lora_a, lora_b as that operation takes them
+PackMaskLora = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
 
 _library = torch.library.Library("bita", "FRAGMENT")
 
@@ -54,6 +58,11 @@ def opaque_operation(name: str, function: AddMaskLora) -> AddMaskLora:
         target_lib=_library,
     )
     return getattr(torch.ops.bita, name)
+
+
+def in_dtype(dtype: torch.dtype) -> PackMaskLora:
+    """A and B as they are, in that dtype."""
+    return lambda a, b, parts: (a.to(dtype), b.to(dtype))
 
 
 class MaskRows:
@@ -217,15 +226,14 @@ def put_in_mask_lora(
     weights: MaskLoraWeights,
     mask_rows: MaskRows,
     add: AddMaskLora,
-    dtype: torch.dtype,
+    pack: PackMaskLora,
     device: torch.device,
 ) -> int:
     """Wrap every linear layer that has a delta; returns the bytes this rank adds.
 
     Args:
         mask_rows: of each step, from now on.
-        add: the operation that the runner computes with.
-        dtype: the model's.
+        add, pack: the operation that the runner computes with, and how it takes A and B.
 
     Raises:
         AdapterError: the deltas are another model's, or a layer cannot take one.
@@ -250,8 +258,9 @@ def put_in_mask_lora(
         a, b, parts = layer_tensors(
             layer, [(places[name].pieces, *weights.modules[name]) for name in names], weights.scale
         )
-        layer.register_buffer("mask_lora_a", a.to(device, dtype), persistent=False)
-        layer.register_buffer("mask_lora_b", b.to(device, dtype), persistent=False)
+        a, b = pack(a, b, parts)
+        layer.register_buffer("mask_lora_a", a.to(device), persistent=False)
+        layer.register_buffer("mask_lora_b", b.to(device), persistent=False)
         layer.register_buffer("mask_lora_parts", parts.to(device), persistent=False)
         layer.register_buffer("mask_rows", mask_rows.rows, persistent=False)
         layer.register_buffer("num_mask_rows", mask_rows.num, persistent=False)

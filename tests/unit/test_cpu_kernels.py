@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bita_kernels import cpu_kernels
+from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive, pack_mask_lora
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 
 
@@ -26,6 +27,11 @@ def case(dtype, num_mask_rows, rank, num_parts, size_in=70, part_size=37):
     return output, x, lora_a, lora_b, parts, rows, torch.tensor([num_mask_rows])
 
 
+def packed(lora_a, lora_b, parts, *rows):
+    return *pack_mask_lora(lora_a.float(), lora_b.float(), parts), parts, *rows
+
+
+@pytest.mark.parametrize("kind", ["kernel", "twin"])
 @pytest.mark.parametrize("num_mask_rows", [0, 1, 3, 4, 9, 38])
 @pytest.mark.parametrize("rank, num_parts", [(1, 1), (16, 3), (37, 2)])
 @pytest.mark.parametrize(
@@ -33,36 +39,52 @@ def case(dtype, num_mask_rows, rank, num_parts, size_in=70, part_size=37):
     [(torch.float64, 1e-4), (torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)],
     ids=str,
 )
-def test_deltas_equal_their_twin(dtype, tolerance, rank, num_parts, num_mask_rows):
+def test_deltas_are_those_of_float64(dtype, tolerance, rank, num_parts, num_mask_rows, kind):
     assert cpu_kernels.register(), "it must be built here"
-    output, *arguments = case(dtype, num_mask_rows, rank, num_parts)
-    doubles = [t.double() if t.is_floating_point() else t for t in (output.clone(), *arguments)]
+    operation = torch.ops.bita.add_mask_lora_cpu if kind == "kernel" else add_mask_lora_cpu_naive
+    output, x, *deltas = case(dtype, num_mask_rows, rank, num_parts)
+    doubles = [t.double() if t.is_floating_point() else t for t in (output.clone(), x, *deltas)]
     add_mask_lora_naive(*doubles)
     added = output.clone()
-    torch.ops.bita.add_mask_lora_cpu(added, *arguments)
+    operation(added, x, *packed(*deltas))
     scale = doubles[0].abs().max()
     assert (added.double() - doubles[0]).abs().max() <= tolerance * scale
     untouched = torch.ones(len(output), dtype=torch.bool)
-    untouched[arguments[4][:num_mask_rows]] = False
+    untouched[deltas[3][:num_mask_rows]] = False
     assert torch.equal(added[untouched], output[untouched])
 
 
 def test_a_mask_row_alone_gets_the_same_bits():
     cpu_kernels.register()
-    output, *arguments, rows, num = case(torch.float32, 9, 16, 3)
+    output, x, *deltas, rows, num = case(torch.float32, 9, 16, 3)
+    deltas = packed(*deltas)
     together = output.clone()
-    torch.ops.bita.add_mask_lora_cpu(together, *arguments, rows, num)
+    torch.ops.bita.add_mask_lora_cpu(together, x, *deltas, rows, num)
     for row in rows[:9]:
         alone = output.clone()
-        torch.ops.bita.add_mask_lora_cpu(alone, *arguments, row[None], torch.tensor([1]))
+        torch.ops.bita.add_mask_lora_cpu(alone, x, *deltas, row[None], torch.tensor([1]))
         assert torch.equal(alone[row], together[row])
+
+
+def test_deltas_that_bfloat16_would_round_stay_in_fp32():
+    a, b, parts = torch.ones(6, 8), torch.ones(40, 3), torch.tensor([[0, 20], [20, 40]])
+    assert [t.dtype for t in pack_mask_lora(a, b, parts)] == [torch.bfloat16] * 2
+    b[30, 1] += 2**-20
+    assert [t.dtype for t in pack_mask_lora(a, b, parts)] == [torch.bfloat16, torch.float32]
+
+
+def test_deltas_of_another_layer_are_refused():
+    cpu_kernels.register()
+    output, x, *deltas = case(torch.float32, 3, 16, 3)
+    with pytest.raises(RuntimeError, match="as pack_mask_lora leaves them"):
+        torch.ops.bita.add_mask_lora_cpu(output, x[:, 1:], *packed(*deltas))
 
 
 def test_an_installed_package_has_the_sources(tmp_path):
     root = Path(__file__).parents[2]
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=root, check=True)
-    for source in cpu_kernels.SOURCES:
+    for source in cpu_kernels.SOURCES + cpu_kernels.HEADERS:
         assert (tmp_path / "bita_kernels" / source.name).is_file()
 
 

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 import vllm.model_executor.layers.utils as stock
 from bita_kernels import cpu_kernels
-from bita_kernels.linear_cpu_naive import linear_cpu_naive, pack_linear
+from bita_kernels.linear_cpu_naive import (
+    linear_cpu_naive,
+    pack_linear,
+    smallest_dtype,
+    unpack_linear,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,8 +45,9 @@ def random_layer(num_rows, size_in, size_out, dtype, seed=0):
 def test_products_are_those_of_float64(kind, dtype, num_rows, size_in, size_out, with_bias):
     x, weight, bias = random_layer(num_rows, size_in, size_out, dtype)
     bias = bias if with_bias else None
-    packed = pack_linear(weight)
-    assert packed.dtype == dtype
+    assert smallest_dtype(weight) == dtype
+    packed = pack_linear(weight, dtype)
+    assert torch.equal(unpack_linear(packed, size_out).float(), weight)
     out = operation(kind)(x, packed, bias, size_out)
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert out.shape == (num_rows, size_out) and out.dtype == torch.float32
@@ -53,7 +59,7 @@ def test_products_are_those_of_float64(kind, dtype, num_rows, size_in, size_out,
 def test_a_row_alone_gets_the_same_bits(dtype, size_in):
     """With any number of others beside it, more than stay in a cache too."""
     x, weight, bias = random_layer(300, size_in, 100, dtype)
-    packed = pack_linear(weight)
+    packed = pack_linear(weight, dtype)
     together = operation("kernel")(x, packed, bias, 100)
     for first, end in [(0, 1), (1, 3), (7, 10), (20, 24), (30, 35), (40, 46), (50, 57), (100, 260)]:
         alone = operation("kernel")(x[first:end].contiguous(), packed, bias, 100)
@@ -62,7 +68,7 @@ def test_a_row_alone_gets_the_same_bits(dtype, size_in):
 
 def test_rows_of_any_shape_and_stride():
     x, weight, _ = random_layer(12, 70, 37, torch.float32)
-    packed = pack_linear(weight)
+    packed = pack_linear(weight, torch.float32)
     flat = operation("kernel")(x, packed, None, 37)
     assert torch.equal(operation("kernel")(x.view(3, 4, 70), packed, None, 37).view(12, 37), flat)
     wide = torch.cat([torch.full_like(x, float("nan")), x], dim=1)[:, 70:]
@@ -71,16 +77,16 @@ def test_rows_of_any_shape_and_stride():
 
 def test_weights_that_bfloat16_would_round_stay_in_fp32():
     weight = torch.ones(4, 8)
-    assert pack_linear(weight).dtype == torch.bfloat16
+    assert smallest_dtype(weight) == torch.bfloat16
     weight[3, 7] += 2**-20
-    assert pack_linear(weight).dtype == torch.float32
+    assert smallest_dtype(weight) == torch.float32
 
 
 def test_what_is_not_packed_is_refused():
     with pytest.raises(RuntimeError, match="as pack_linear leaves them"):
-        operation("kernel")(torch.ones(2, 8), torch.ones(1, 8, 16), None, 4)
+        operation("kernel")(torch.ones(2, 8), torch.ones(2, 8, 16), None, 4)
     with pytest.raises(RuntimeError, match="as pack_linear leaves them"):
-        operation("kernel")(torch.ones(2, 8), pack_linear(torch.ones(4, 9)), None, 4)
+        operation("kernel")(torch.ones(2, 8), pack_linear(torch.ones(4, 9), torch.float32), None, 4)
 
 
 def layer(dtype, *shape):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bita_kernels import cpu_kernels
+from bita_kernels.add_mask_lora_cpu_naive import pack_mask_lora
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from torch import nn
 from vllm.model_executor import parameter
@@ -20,6 +21,7 @@ from bita_vllm.runner.mask_lora import (
     MaskLoraMethod,
     MaskRows,
     find_place,
+    in_dtype,
     layer_tensors,
     put_in_mask_lora,
 )
@@ -167,7 +169,7 @@ def test_only_layers_with_a_delta_are_wrapped(tensor_parallel):
     pair = (torch.ones(RANK, 16), torch.ones(IN, RANK))
     add = lambda *arguments: calls.append(arguments)  # noqa: E731
     added = put_in_mask_lora(
-        model, weights(o_proj=pair), rows, add, torch.bfloat16, torch.device("cpu")
+        model, weights(o_proj=pair), rows, add, in_dtype(torch.bfloat16), torch.device("cpu")
     )
     assert added == 2 * RANK * (16 + IN)
     first, second = model.model.layers
@@ -192,7 +194,7 @@ def test_a_compiled_layer_reads_the_rows_of_each_step(tensor_parallel):
     x = torch.randn(4, 16)
     expected = plain(x)
     pair = (torch.randn(RANK, 16), torch.randn(IN, RANK))
-    put_in_mask_lora(model, weights(o_proj=pair), rows, add_mask_lora, torch.float32, cpu)
+    put_in_mask_lora(model, weights(o_proj=pair), rows, add_mask_lora, pack_mask_lora, cpu)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: layer(x)[0] * 2, fullgraph=True, backend="aot_eager")
     delta = 2 * SCALE * x @ pair[0].T @ pair[1].T
@@ -211,6 +213,6 @@ def test_a_delta_of_another_size_is_refused(tensor_parallel):
             weights(q_proj=pair),
             MaskRows(8, torch.device("cpu")),
             lambda *a: None,
-            torch.float32,
+            in_dtype(torch.float32),
             torch.device("cpu"),
         )

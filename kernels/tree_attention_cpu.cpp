@@ -1,5 +1,4 @@
-// Kernels of the CPU runner: tree attention over vLLM's paged KV cache, low-rank deltas of mask rows.
-// Their twins in torch: tree_attention_cpu_naive.py, add_mask_lora_naive.py. Built by cpu_kernels.py.
+// Tree attention over vLLM's paged KV cache. Its twin in torch: tree_attention_cpu_naive.py. Built by cpu_kernels.py.
 // All arithmetic is in fp32. No result depends on what else is in the step.
 
 #include <ATen/Dispatch.h>
@@ -15,24 +14,15 @@
 #include <limits>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr int kQueries = 8;     // query heads x rows of a task
 constexpr int kTile = 4;        // of them, in registers at once
-constexpr int kLanes = 16;      // floats in registers beside each
+constexpr int kBeside = 2 * kLanes;  // floats in registers beside each
 constexpr int64_t kChunk = 64;  // KV slots scored at once
-
-// Spelt out, as compilers do not keep an array of sums in registers. Both GCC and Clang have these types.
-typedef float Lanes __attribute__((vector_size(kLanes / 2 * sizeof(float))));
-
-inline Lanes load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-inline void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
 // e^x for x <= 0 within 2 units in the last place, in operations that compilers make vectors of.
 inline float exp_of(float x) {
@@ -51,12 +41,12 @@ inline float exp_of(float x) {
   return x < -87.0f ? 0.0f : e * power;
 }
 
-// to[i][0..lanes) += sum over k of a[i][k] * b[k][0..lanes), for N values of i.
+// to[i][0..kBeside) += sum over k of a[i][k] * b[k][0..kBeside), for N values of i.
 template <int N>
 void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* to, int64_t ldt) {
   Lanes sum[N][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const Lanes low = load(b + k * ldb), high = load(b + k * ldb + kLanes / 2);
+    const Lanes low = load(b + k * ldb), high = load(b + k * ldb + kLanes);
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       const Lanes factor = a[i * lda + k] - Lanes{};
@@ -67,7 +57,7 @@ void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) {
     store(to + i * ldt, load(to + i * ldt) + sum[i][0]);
-    store(to + i * ldt + kLanes / 2, load(to + i * ldt + kLanes / 2) + sum[i][1]);
+    store(to + i * ldt + kLanes, load(to + i * ldt + kLanes) + sum[i][1]);
   }
 }
 
@@ -75,7 +65,7 @@ void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int
 void multiply(const float* a, int64_t lda, int64_t n, const float* b, int64_t ldb, int64_t depth, int64_t width,
               float* to, int64_t ldt) {
   int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
+  for (; j + kBeside <= width; j += kBeside) {
     int64_t i = 0;
     for (; i + kTile <= n; i += kTile)
       multiply_tile<kTile>(a + i * lda, lda, b + j, ldb, depth, to + i * ldt + j, ldt);
@@ -150,9 +140,6 @@ struct Queries {
     multiply(scores.data(), kChunk, n, values, ldv, count, dim, attended.data(), dim);
   }
 };
-
-// Iterations of `work` multiplications each that are worth a thread.
-int64_t grain(int64_t work) { return std::max<int64_t>(1, 100000 / work); }
 
 template <typename T>
 void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Tensor& block_table,
@@ -255,90 +242,6 @@ void tree_attention_cpu(const at::Tensor& query, const at::Tensor& kv_cache, con
   });
 }
 
-// to[i] = a[i] . b for N rows a; the order of each sum does not depend on N.
-template <int N, typename T>
-void dot_tile(const float* a, int64_t lda, const T* b, int64_t size, float* to) {
-  float sum[N][kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= size; k += kLanes)
-    for (int i = 0; i < N; ++i)
-#pragma omp simd
-      for (int j = 0; j < kLanes; ++j) sum[i][j] += a[i * lda + k + j] * static_cast<float>(b[k + j]);
-  for (int i = 0; i < N; ++i) {
-    for (int64_t j = 0; k + j < size; ++j) sum[i][j] += a[i * lda + k + j] * static_cast<float>(b[k + j]);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int j = 0; j < half; ++j) sum[i][j] += sum[i][j + half];
-    to[i] = sum[i][0];
-  }
-}
-
-// take(i, a[i] . b) for the n rows a.
-template <typename T, typename Take>
-void dot(const float* a, int64_t lda, int64_t n, const T* b, int64_t size, Take take) {
-  float found[kTile];
-  int64_t i = 0;
-  for (; i + kTile <= n; i += kTile) {
-    dot_tile<kTile>(a + i * lda, lda, b, size, found);
-    for (int j = 0; j < kTile; ++j) take(i + j, found[j]);
-  }
-  for (; i < n; ++i) {
-    dot_tile<1>(a + i * lda, lda, b, size, found);
-    take(i, found[0]);
-  }
-}
-
-template <typename T>
-void add_mask_lora(at::Tensor& output, const at::Tensor& x, const at::Tensor& lora_a, const at::Tensor& lora_b,
-                   const at::Tensor& parts, const int64_t* rows, int64_t m) {
-  const int64_t in = x.size(1), num_low = lora_a.size(0), rank = lora_b.size(1), ldb = lora_b.size(0),
-                stride = output.stride(0);
-  const T* a = lora_a.const_data_ptr<T>();
-  const at::Tensor columns = lora_b.t().contiguous();  // a copy only if it is not stored so
-  const T* b = columns.const_data_ptr<T>();
-  const T* from = x.const_data_ptr<T>();
-  const int32_t* ends = parts.const_data_ptr<int32_t>();
-  T* to = output.mutable_data_ptr<T>();
-  std::vector<float> inputs(m * in), low(m * num_low);
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t k = 0; k < in; ++k) inputs[i * in + k] = static_cast<float>(from[rows[i] * x.stride(0) + k]);
-  at::parallel_for(0, num_low, grain(m * in), [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l)
-      dot(inputs.data(), in, m, a + l * in, in, [&](int64_t i, float value) { low[i * num_low + l] = value; });
-  });
-  for (int64_t part = 0; part < parts.size(0); ++part) {
-    const float* of_part = low.data() + part * rank;
-    at::parallel_for(ends[2 * part], ends[2 * part + 1], grain(m * rank), [&](int64_t begin, int64_t end) {
-      std::vector<float> added(m * kChunk), copy;
-      for (int64_t o = begin; o < end; o += kChunk) {
-        const int64_t width = std::min(kChunk, end - o);
-        std::fill(added.begin(), added.end(), 0.0f);
-        int64_t ldf;
-        const float* factors = as_floats(b + o, ldb, rank, width, copy, &ldf);
-        multiply(of_part, num_low, m, factors, ldf, rank, width, added.data(), kChunk);
-        for (int64_t i = 0; i < m; ++i) {
-          T* target = to + rows[i] * stride + o;
-          for (int64_t j = 0; j < width; ++j)
-            target[j] = static_cast<T>(static_cast<float>(target[j]) + added[i * kChunk + j]);
-        }
-      }
-    });
-  }
-}
-
-void add_mask_lora_cpu(at::Tensor output, const at::Tensor& x, const at::Tensor& lora_a, const at::Tensor& lora_b,
-                       const at::Tensor& parts, const at::Tensor& mask_rows, const at::Tensor& num_mask_rows) {
-  const int64_t m = *num_mask_rows.const_data_ptr<int64_t>();
-  if (m == 0) return;
-  TORCH_CHECK(output.stride(1) == 1 && x.stride(1) == 1 && lora_a.is_contiguous(),
-              "add_mask_lora_cpu: rows must be contiguous");
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, output.scalar_type(), "add_mask_lora_cpu", [&] {
-    add_mask_lora<scalar_t>(output, x, lora_a, lora_b, parts, mask_rows.const_data_ptr<int64_t>(), m);
-  });
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bita, CPU, m) {
-  m.impl("tree_attention_cpu", &tree_attention_cpu);
-  m.impl("add_mask_lora_cpu", &add_mask_lora_cpu);
-}
+TORCH_LIBRARY_IMPL(bita, CPU, m) { m.impl("tree_attention_cpu", &tree_attention_cpu); }
