@@ -24,6 +24,7 @@ from vllm.utils.hashing import safe_hash
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from bita_vllm import __version__
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
 from bita_vllm.ladder import Ladder
 from bita_vllm.machine import cpu_name
@@ -122,9 +123,12 @@ class BitaSpeculativeConfig(SpeculativeConfig):
         return False
 
     def compute_hash(self) -> str:
-        """The embedding of mask ids, deltas and packed layers are part of the compiled graph, so of the hash."""
+        """The embedding of mask ids, deltas and packed layers are part of the compiled graph, so of the hash.
+
+        How they lie in memory is this version's.
+        """
         bita = self.bita
-        ours = METHOD, bita.num_mask_tokens, bita.mask_lora, self.packs_linear_layers
+        ours = METHOD, __version__, bita.num_mask_tokens, bita.mask_lora, self.packs_linear_layers
         factors = (super().compute_hash(), *ours)
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 

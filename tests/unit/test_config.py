@@ -216,6 +216,13 @@ def test_compile_cache_does_not_mix_packed_layers_with_vllms(make):
     assert config.compute_hash() != before
 
 
+def test_compile_cache_does_not_mix_versions(make, monkeypatch):
+    config = make()
+    before = config.compute_hash()
+    monkeypatch.setattr("bita_vllm.config.__version__", "0.0.1")
+    assert config.compute_hash() != before
+
+
 def test_compile_cache_does_not_mix_deltas_of_other_ranks_and_modules(make, adapter, tmp_path):
     """What is compiled follows from rank and modules, not from the values."""
     hashes = [make().compute_hash()]
