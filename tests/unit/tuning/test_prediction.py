@@ -42,8 +42,6 @@ def test_statistics_of_one_set_of_prompts_hold_on_another():
 
 
 def test_statistics_of_some_answers_hold_on_others():
-    """Every other answer of both sets predicts the rest: five of six within 3%, the sixth within 4%."""
+    """Every other answer of both sets predicts the rest."""
     answers = recorded_ranks("own_prompts") + recorded_ranks("mt_bench")
-    found = sorted(map(abs, errors(answers[::2], answers[1::2])))
-    assert found[4] < 0.03
-    assert found[5] < 0.04
+    assert max(map(abs, errors(answers[::2], answers[1::2]))) < 0.03
