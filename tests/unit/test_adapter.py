@@ -80,9 +80,15 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [("smollm2-135m-instruct", 16), ("smollm2-135m-instruct-no-deltas", None)]
+    ("name", "rank", "later"),
+    [
+        ("smollm2-135m-instruct", 16, [["human.jsonl"]] * 2),
+        ("smollm2-135m-instruct-no-deltas", None, [["human.jsonl", "own.jsonl"]]),
+    ],
 )
-def test_shipped_adapters_load_and_say_where_they_come_from(name: str, rank: int | None) -> None:
+def test_shipped_adapters_load_and_say_where_they_come_from(
+    name: str, rank: int | None, later: list[list[str]]
+) -> None:
     adapter = Adapter.load(SHIPPED / name, ModelShape(30, 576, 3, 64, 49152))
     assert adapter.config.num_mask_tokens == 3
     assert adapter.config.num_prompt_tokens == 16
@@ -92,10 +98,11 @@ def test_shipped_adapters_load_and_say_where_they_come_from(name: str, rank: int
     assert adapter.config.acceptance is not None
     training = adapter.config.raw["training"]
     assert training["steps_done"] == training["arguments"]["steps"]
-    runs = [training["started_from"], training] if rank else [training]
-    first, *later = [[data["file"] for data in run["data"]] for run in runs]
-    assert first == ["own.jsonl", "own2.jsonl", "human.jsonl"]
-    assert later == ([["human.jsonl"]] if rank else [])
+    runs = [training]
+    while "started_from" in runs[0]:
+        runs.insert(0, runs[0]["started_from"])
+    files = [[data["file"] for data in run["data"]] for run in runs]
+    assert files == [["own.jsonl", "own2.jsonl", "human.jsonl"], *later]
     text = (SHIPPED / name / "config.json").read_text()
     assert not any(folder in text for folder in ("/root", "/home", "/tmp"))
 
