@@ -71,6 +71,10 @@ void add_mask_lora_cpu(at::Tensor output, const at::Tensor& x, const at::Tensor&
                   packed_a.size(0) == (num_low + kPanel - 1) / kPanel,
               "add_mask_lora_cpu: rows must be contiguous, and deltas of this layer as pack_mask_lora leaves them");
   const std::vector<Unit> units = units_of(parts.const_data_ptr<int32_t>(), parts.size(0));
+  const Unit& last = units.back();
+  TORCH_CHECK(packed_b.size(0) == (last.panel_column + last.width + kPanel - 1) / kPanel &&
+                  last.column + last.width <= output.size(1),
+              "add_mask_lora_cpu: B must have the panels of its parts, as pack_mask_lora leaves them");
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, output.scalar_type(), "add_mask_lora_cpu", [&] {
     add_mask_lora<scalar_t>(output, x, a, b, num_low, units, mask_rows.const_data_ptr<int64_t>(), m);
   });

@@ -78,6 +78,9 @@ def test_deltas_of_another_layer_are_refused():
     output, x, *deltas = case(torch.float32, 3, 16, 3)
     with pytest.raises(RuntimeError, match="as pack_mask_lora leaves them"):
         torch.ops.bita.add_mask_lora_cpu(output, x[:, 1:], *packed(*deltas))
+    a, b, *others = packed(*deltas)
+    with pytest.raises(RuntimeError, match="as pack_mask_lora leaves them"):
+        torch.ops.bita.add_mask_lora_cpu(output, x, a, b[:-1], *others)
 
 
 def test_an_installed_package_has_the_sources(tmp_path):
