@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STOP_TIMEOUT_S = 60
+# A busy server closes a connection that lay idle while a request is on its way to it, and the client
+# sees "server disconnected"; with vLLM's 5 seconds that happens under load.
+KEEP_ALIVE_S = 3600
 
 
 class ServerError(RuntimeError):
@@ -38,6 +41,8 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+        env = {**(os.environ if env is None else env)}
+        env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(KEEP_ALIVE_S)
         with log.open("w") as out:
             # In a session of its own, so that the engine's processes can be ended with it.
             self.process = subprocess.Popen(
