@@ -223,8 +223,11 @@ class _TileAttention(torch.autograd.Function):
         key = torch.cat([front_key, context_key, own_key], dim=2)
         value = torch.cat([front_value, context_value, own_value], dim=2)
         scores = _scores(folded, key, front_key.shape[2], tile)
-        log_sum = scores.logsumexp(dim=-1, keepdim=True)
-        output = (scores - log_sum).exp_().to(value.dtype) @ value
+        largest = scores.amax(dim=-1, keepdim=True)  # finite: a row sees itself
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(dim=-1, keepdim=True)
+        output = (weights.to(value.dtype) @ value).div_(total)
+        log_sum = total.log_().add_(largest)
         ctx.save_for_backward(
             folded, front_key, front_value, own_key, own_value, context_key, context_value
         )

@@ -114,10 +114,11 @@ class MaskLora(nn.Module):
         ) -> torch.Tensor:
             if not self.enabled:
                 return output
-            rows = args[0]
+            rows = args[0].flatten(0, -2)
             low = F.linear(rows, self.lora_a[index].to(rows.dtype))
+            b = self.lora_b[index].to(rows.dtype)
             scale = self.alpha / self.rank
-            return output + F.linear(low, scale * self.lora_b[index].to(rows.dtype))
+            return torch.addmm(output.flatten(0, -2), low, b.T, alpha=scale).view_as(output)
 
         return add_delta
 

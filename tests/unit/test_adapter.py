@@ -82,7 +82,7 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
 @pytest.mark.parametrize(
     ("name", "rank", "later"),
     [
-        ("smollm2-135m-instruct", 16, [["human.jsonl"]] * 2),
+        ("smollm2-135m-instruct", 16, [["human.jsonl"]] * 2 + [["mixed.jsonl", "own4.jsonl"]]),
         ("smollm2-135m-instruct-no-deltas", None, [["human.jsonl", "own.jsonl"]]),
     ],
 )
