@@ -117,7 +117,8 @@ class Acceptance:
 class Cost:
     """What steps took, by width and batch size, against what the ladder's measurements say.
 
-    What is learnt is a factor by width. One that was not seen has the factor of all that were.
+    What is learnt is a factor by width and batch size, drawn towards the factor of the width, and that towards the factor
+    of all that was seen.
     """
 
     def __init__(
@@ -128,13 +129,14 @@ class Cost:
         self.expected = expected
         self._steps = np.zeros(expected.shape)
         self._seconds = np.zeros(expected.shape)
-        self._plain_factor = 1.0
+        self._factors = np.ones(expected.shape)
 
     def add(self, template: int, num_requests: int, seconds: float, share: float = 1.0) -> None:
         """A step of such blocks for a share of the requests, one row for the others; PLAIN for plain decoding."""
         cell = template, num_requests - 1
         seen = self._steps[cell]
-        of_rest = (1 - share) * self._plain_factor * self.expected[PLAIN, num_requests - 1]
+        plain = PLAIN, num_requests - 1
+        of_rest = (1 - share) * self._factors[plain] * self.expected[plain]
         if seen < MIN_SEEN or (seconds - of_rest) * seen < LONGEST * share * self._seconds[cell]:
             self._steps[cell] += share
             self._seconds[cell] += seconds - of_rest
@@ -149,14 +151,14 @@ class Cost:
         return float(self._steps[template].sum())
 
     def factors(self) -> np.ndarray:
-        """`[T+1]` seen over expected seconds, by template, plain decoding last."""
+        """`[T+1, N]` seen over expected seconds, by template, plain decoding last, and batch size from 1 up."""
         seen, expected = self._seconds, self._steps * self.expected
-        usual = self.expected.mean(axis=1)  # weight of the prior in seconds
-        prior = PRIOR_STEPS * usual
-        overall = (seen.sum() + prior.mean()) / (expected.sum() + prior.mean())
-        found = (seen.sum(axis=1) + prior * overall) / (expected.sum(axis=1) + prior)
-        self._plain_factor = float(found[PLAIN])
-        return found
+        prior = PRIOR_STEPS * self.expected  # weight in seconds
+        of_width = prior.mean(axis=1)
+        overall = (seen.sum() + of_width.mean()) / (expected.sum() + of_width.mean())
+        by_width = (seen.sum(axis=1) + of_width * overall) / (expected.sum(axis=1) + of_width)
+        self._factors = (seen + prior * by_width[:, None]) / (expected + prior)
+        return self._factors
 
 
 class WidthPolicy:
@@ -257,7 +259,7 @@ class WidthPolicy:
         self._reviewed = now
         lengths = evaluate(self._drafts, self.acceptance.estimate()).accepted_length
         factors = self.cost.factors()
-        seconds = self.cost.expected * factors[:, None]
+        seconds = self.cost.expected * factors
         self.acceptance.fade()
         self.cost.fade()
         if self._plain_is_usable and self.cost.seen(PLAIN) < MIN_SEEN:

@@ -221,7 +221,22 @@ def test_steps_of_blocks_and_single_rows_tell_what_blocks_cost():
         factors = cost.factors()
         for _ in range(30):
             cost.fade()
-    assert factors == pytest.approx([1.5, 1.2], rel=0.03)
+    assert factors == pytest.approx(np.array([[1.5] * 4, [1.2] * 4]), rel=0.03)
+
+
+def test_what_blocks_cost_at_one_batch_size_is_not_what_they_cost_at_another():
+    """Cheaper than expected at one request and dearer at two: drafts at one, none at two, the others as the width goes."""
+    policy = WidthPolicy(chosen(), statistics(GOOD), ROWS_COST, 8, now=0.0)
+    widths = [int(width) for width in policy.lookup]
+    assert widths[1] > 0 and widths[2] == widths[1]
+    template = chosen().widths.index(widths[1])
+    for n, factor in ((1, 0.8), (2, 2.0)):
+        for _ in range(200):
+            policy.cost.add(template, n, factor * policy.cost.expected[template, n - 1])
+            policy.cost.add(PLAIN, n, policy.cost.expected[PLAIN, n - 1])
+    policy.review(REVIEW_SECONDS)
+    assert policy.lookup[1] > 0
+    assert policy.lookup[2] == 0
 
 
 def test_policy_uses_no_width_that_the_ladder_does_not_name():
