@@ -117,8 +117,8 @@ class Acceptance:
 class Cost:
     """What steps took, by width and batch size, against what the ladder's measurements say.
 
-    What is learnt is a factor by width and batch size, drawn towards the factor of the width, and that towards the factor
-    of all that was seen.
+    What is learnt is a factor by width and batch size, drawn towards the factor of the width, and that
+    towards the factor of all that was seen.
     """
 
     def __init__(

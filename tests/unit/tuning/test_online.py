@@ -225,7 +225,7 @@ def test_steps_of_blocks_and_single_rows_tell_what_blocks_cost():
 
 
 def test_what_blocks_cost_at_one_batch_size_is_not_what_they_cost_at_another():
-    """Cheaper than expected at one request and dearer at two: drafts at one, none at two, the others as the width goes."""
+    """Cheaper than expected at one request and dearer at two: drafts at one, none at two."""
     policy = WidthPolicy(chosen(), statistics(GOOD), ROWS_COST, 8, now=0.0)
     widths = [int(width) for width in policy.lookup]
     assert widths[1] > 0 and widths[2] == widths[1]
