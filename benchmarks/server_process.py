@@ -41,12 +41,15 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-        env = {**(os.environ if env is None else env)}
-        env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(KEEP_ALIVE_S)
+        keep_alive = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
         with log.open("w") as out:
             # In a session of its own, so that the engine's processes can be ended with it.
             self.process = subprocess.Popen(
-                command, env=env, stdout=out, stderr=out, start_new_session=True
+                command,
+                env={**(os.environ if env is None else env), **keep_alive},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
 
     def wait_until_healthy(self, timeout_s: float) -> None:

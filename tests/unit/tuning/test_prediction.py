@@ -33,11 +33,13 @@ def errors(seen, other):
 def test_predicted_accepted_length_is_the_replayed_one():
     """What the model of the process leaves out, without sampling error: the same answers.
 
-    That steps begin more often where drafts are wrong than positions lie there: a block skips what it gets
-    right. So chains come out too high, the more the better the masks (the shipped adapter's: 3.03%).
+    Statistics are counted along the walks of 5,4,3, which a chain does not take: it comes out 3.03% too long
+    on the model's own prompts, 0.8% when counted along its own walks.
     """
     for answers in ("own_prompts", "mt_bench"):
-        assert max(map(abs, errors(recorded_ranks(answers), recorded_ranks(answers)))) < 0.035
+        *others, chain, paper = errors(recorded_ranks(answers), recorded_ranks(answers))
+        assert max(map(abs, [*others, paper])) < 0.03
+        assert abs(chain) < 0.035
 
 
 def test_statistics_of_one_set_of_prompts_hold_on_another():
