@@ -21,20 +21,15 @@ from bita_vllm.tuning.accounts import Accounts
 from bita_vllm.tuning.choose import MIN_GAIN, PLAIN, fastest, gains_over_plain, step_seconds
 from bita_vllm.tuning.cost import MeasuredCost, StepCost
 from bita_vllm.tuning.process import reach_by_depths
+from bita_vllm.tuning.seen_cost import SeenCost
 
 if TYPE_CHECKING:
     from bita_vllm.tree import Template
 
 REVIEW_SECONDS = 10.0
 FADE = 0.9  # of all counts, at each review: half is left after a minute
-# Hits, and steps, that the expectation counts as beside what is seen.
-PRIOR_HITS = 30.0
-PRIOR_STEPS = 4.0
-# Blocks that cost so much more or less than expected: is it the rows, or the machine?
-SUSPICIOUS = 0.1
-PROBE_STEPS = 16  # of plain decoding, to tell the two apart
-LONGEST = 3.0  # times the mean: a step that took longer says nothing about its width
-MIN_SEEN = 8  # steps before that holds
+PRIOR_HITS = 30.0  # that the expectation counts as beside what is seen
+PROBE_STEPS = 16  # of plain decoding, to tell rows that cost more from a slower machine
 
 
 class Acceptance:
@@ -114,53 +109,6 @@ class Acceptance:
         return found / np.maximum(found.sum(axis=-1, keepdims=True), 1.0)
 
 
-class Cost:
-    """What steps took, by width and batch size, against what the ladder's measurements say.
-
-    What is learnt is a factor by width and batch size, drawn towards the factor of the width, and that
-    towards the factor of all that was seen.
-    """
-
-    def __init__(
-        self,
-        # [T+1, N] expected seconds, by template, plain decoding last, and batch size from 1 up
-        expected: np.ndarray,
-    ) -> None:
-        self.expected = expected
-        self._steps = np.zeros(expected.shape)
-        self._seconds = np.zeros(expected.shape)
-        self._factors = np.ones(expected.shape)
-
-    def add(self, template: int, num_requests: int, seconds: float, share: float = 1.0) -> None:
-        """A step of such blocks for a share of the requests, one row for the others; PLAIN for plain decoding."""
-        cell = template, num_requests - 1
-        seen = self._steps[cell]
-        plain = PLAIN, num_requests - 1
-        of_rest = (1 - share) * self._factors[plain] * self.expected[plain]
-        if seen < MIN_SEEN or (seconds - of_rest) * seen < LONGEST * share * self._seconds[cell]:
-            self._steps[cell] += share
-            self._seconds[cell] += seconds - of_rest
-
-    def fade(self) -> None:
-        """Older evidence counts less."""
-        self._steps *= FADE
-        self._seconds *= FADE
-
-    def seen(self, template: int) -> float:
-        """Steps that count, over all batch sizes."""
-        return float(self._steps[template].sum())
-
-    def factors(self) -> np.ndarray:
-        """`[T+1, N]` seen over expected seconds, by template, plain decoding last, and batch size from 1 up."""
-        seen, expected = self._seconds, self._steps * self.expected
-        prior = PRIOR_STEPS * self.expected  # weight in seconds
-        of_width = prior.mean(axis=1)
-        overall = (seen.sum() + of_width.mean()) / (expected.sum() + of_width.mean())
-        by_width = (seen.sum(axis=1) + of_width * overall) / (expected.sum(axis=1) + of_width)
-        self._factors = (seen + prior * by_width[:, None]) / (expected + prior)
-        return self._factors
-
-
 class WidthPolicy:
     """The table from batch size to width, as it is best now.
 
@@ -197,11 +145,12 @@ class WidthPolicy:
         self._table: list[int] = ladder.lookup(max_num_seqs).tolist()
         self._no_drafts = [PLAIN_WIDTH] * len(self._table)
         self._probe = 0  # plain steps still to see
+        self._num_requests = 1  # of the last step
         run = evaluate(self._drafts, acceptance)
         rows = np.array([t.num_rows for t in templates]) if padded else run.rows
         sizes = range(1, max_num_seqs + 1)
         self.acceptance = Acceptance(templates, acceptance)
-        self.cost = Cost(np.vstack(step_seconds(cost, rows, sizes, context)))
+        self.cost = SeenCost(np.vstack(step_seconds(cost, rows, sizes, context)))
         num_lines = [template.max_depth + 1 for template in templates]  # as TemplateTable has them
         self._template_of_line = np.repeat(np.arange(len(templates)), num_lines)
         self._rows = rows
@@ -233,7 +182,7 @@ class WidthPolicy:
         seconds: float | None,
     ) -> None:
         """One step: its blocks, and what it took, None if it did other work too."""
-        num_requests = len(requests)
+        self._num_requests = num_requests = len(requests)
         line = np.asarray(lines) if len(lines) else np.full(num_requests, NO_BLOCK)
         node = np.asarray(last_nodes) if len(lines) else np.zeros_like(line)
         has_block = line >= 0
@@ -258,13 +207,11 @@ class WidthPolicy:
             return False
         self._reviewed = now
         lengths = evaluate(self._drafts, self.acceptance.estimate()).accepted_length
-        factors = self.cost.factors()
-        seconds = self.cost.expected * factors
+        seconds = self.cost.seconds()
         self.acceptance.fade()
-        self.cost.fade()
-        if self._plain_is_usable and self.cost.seen(PLAIN) < MIN_SEEN:
-            suspect = np.abs(np.log(factors)).max() > SUSPICIOUS
-            self._probe = PROBE_STEPS if suspect else 0
+        self.cost.fade(FADE)
+        if self._plain_is_usable and self.cost.needs_plain_steps(self._num_requests):
+            self._probe = PROBE_STEPS
         changed = self._choose(lengths, seconds[:-1], seconds[-1])
         self._set_prices(seconds)
         return changed

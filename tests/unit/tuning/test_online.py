@@ -15,7 +15,7 @@ from bita_vllm.tree_search import acceptance_table, best_templates, long_run_of
 from bita_vllm.tuning import accounts
 from bita_vllm.tuning.choose import PLAIN, choose_ladder
 from bita_vllm.tuning.cost import H100_8B, MeasuredCost
-from bita_vllm.tuning.online import REVIEW_SECONDS, Acceptance, Cost, WidthPolicy, policy_of
+from bita_vllm.tuning.online import REVIEW_SECONDS, Acceptance, WidthPolicy, policy_of
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 GOOD, POOR = (0.6, 0.4, 0.28), (0.15, 0.08, 0.05)
@@ -210,20 +210,6 @@ def test_a_load_that_is_all_poor_is_served_no_slower_for_it(masks, share):
     assert ratios[1] > 0.99 * ratios[0]
 
 
-def test_steps_of_blocks_and_single_rows_tell_what_blocks_cost():
-    """Blocks take 1.5 times what is expected, plain steps 1.2 times; half of the requests have one."""
-    blocks, plain = 0.08, 0.05
-    cost = Cost(np.array([[blocks] * 4, [plain] * 4]))
-    for _ in range(3):  # the plain part is told from what the last review found
-        for _ in range(200):
-            cost.add(0, 4, 0.5 * 1.5 * blocks + 0.5 * 1.2 * plain, share=0.5)
-            cost.add(PLAIN, 4, 1.2 * plain)
-        factors = cost.factors()
-        for _ in range(30):
-            cost.fade()
-    assert factors == pytest.approx(np.array([[1.5] * 4, [1.2] * 4]), rel=0.03)
-
-
 def test_what_blocks_cost_at_one_batch_size_is_not_what_they_cost_at_another():
     """Cheaper than expected at one request and dearer at two: drafts at one, none at two."""
     policy = WidthPolicy(chosen(), statistics(GOOD), ROWS_COST, 8, now=0.0)
@@ -237,6 +223,22 @@ def test_what_blocks_cost_at_one_batch_size_is_not_what_they_cost_at_another():
     policy.review(REVIEW_SECONDS)
     assert policy.lookup[1] > 0
     assert policy.lookup[2] == 0
+
+
+DEAR_AT_TWO = MeasuredCost([(1, 1, 0.05), (1, 2, 0.054), (2, 1, 0.06), (2, 2, 0.09)])
+
+
+def test_blocks_cheap_at_one_request_are_not_tried_where_the_ladder_has_none():
+    """One request first, where blocks take 0.8 of what the ladder says; then two, as it says."""
+    ladder = choose_ladder(statistics(GOOD), DEAR_AT_TWO, 2, budgets=BUDGETS)[0]
+    assert ladder.lookup(2).tolist()[1] > 0 and ladder.lookup(2).tolist()[2] == 0
+    cheaper = MeasuredCost([(1, 1, 0.05), (1, 2, 0.0432), (2, 1, 0.06), (2, 2, 0.09)])
+    policy = WidthPolicy(ladder, statistics(GOOD), DEAR_AT_TWO, 2, now=0.0)
+    one = simulate(ladder, served(GOOD), cheaper, 1, num_walks=1000, policy=policy)
+    assert one.width > 0
+    two = simulate(ladder, served(GOOD), cheaper, 2, num_walks=4000, policy=policy)
+    print(f"ratio {one.ratio:.3f} at one request, {two.ratio:.3f} at two")
+    assert two.ratio > 0.995
 
 
 def test_policy_uses_no_width_that_the_ladder_does_not_name():
