@@ -18,16 +18,19 @@ from bita_vllm.adapter import AdapterError
 def save_checkpoint(
     path: Path,
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    states: dict[str, dict[str, Any]],
     average: dict[str, torch.Tensor],
     config: dict[str, Any],
     step: int,
 ) -> None:
-    """Write all of it in one move, so that a crash leaves the checkpoint before."""
+    """Write all of it in one move, so that a crash leaves the checkpoint before.
+
+    `states`: of the optimizers, by name of the parameter.
+    """
     tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for name, state in states.items():
+        for key, value in state.items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     scratch = path.with_suffix(".saving")
@@ -38,11 +41,11 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path,
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    states: dict[str, dict[str, Any]],
     average: dict[str, torch.Tensor],
     config: dict[str, Any],
 ) -> int:
-    """Put everything back in place and return the step.
+    """Put everything back in place, `states` included, and return the step.
 
     Raises AdapterError if the file is missing or damaged, or its run was configured differently.
     """
@@ -80,10 +83,10 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:
-                    device = "cpu" if key == "step" else parameter.device
-                    optimizer.state[parameter][key] = value.to(device)
         for name, tensor in average.items():
             tensor.copy_(tensors[f"average/{name}"])
+    for place, value in tensors.items():
+        if place.startswith("optimizer/"):
+            _, key, name = place.split("/")
+            states[name][key] = value if key == "step" else value.to(parameters[name].device)
     return step

@@ -31,6 +31,7 @@ from bita_vllm.training.curves import Curve
 from bita_vllm.training.distributed import Processes
 from bita_vllm.training.loss import LossResult, mask_loss, mask_weights
 from bita_vllm.training.mask_model import MaskModel
+from bita_vllm.training.muon import Muon
 
 CHECKPOINT_FILE = "training_state.safetensors"
 
@@ -94,17 +95,7 @@ class Trainer:
         lengths = [len(s.prompt_ids) + len(s.answer_ids) for s in self.samples]
         self.plan = BatchPlan(lengths, config.batch_size, config.seed)
         self.parameters = dict(model.named_parameters())
-        groups: dict[float, list[nn.Parameter]] = {config.lr: [], config.lora_lr: []}
-        for name, parameter in self.parameters.items():
-            groups[config.lora_lr if name.startswith("lora.") else config.lr].append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "peak_lr": lr}
-                for lr, parameters in groups.items()
-                if parameters
-            ],
-            weight_decay=config.weight_decay,
-        )
+        self.optimizers = _optimizers(self.parameters, config)
         self.average = (
             {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema else {}
         )
@@ -121,6 +112,7 @@ class Trainer:
             "base model": type(self.model.base).__name__,
             "samples": len(self.samples),
             "low-rank deltas": None if lora is None else str(lora),
+            "optimizers": ", ".join(type(optimizer).__name__ for optimizer, _ in self.optimizers),
         }
 
     @property
@@ -132,7 +124,7 @@ class Trainer:
         self.step = load_checkpoint(
             self.checkpoint_path,
             self.parameters,
-            self.optimizer,
+            self._optimizer_states(),
             self.average,
             self.identity,
         )
@@ -175,8 +167,10 @@ class Trainer:
         start = time.perf_counter()
         config = self.config
         batch = self._batch(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(self.step, config.steps, config.warmup)
+        share = schedule(self.step, config.steps, config.warmup)
+        for optimizer, peak_lr in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * peak_lr
         result = self.loss(batch)
         total = result.loss.detach().clone()
         self.processes.sum([total, result.statistics])
@@ -186,11 +180,13 @@ class Trainer:
                 f"The loss became {loss} at step {self.step + 1}: training diverged; resume from "
                 "the checkpoint with a lower --lr or --lora-lr."
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         result.loss.backward()
         self.processes.sum([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
-        self.optimizer.step()
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
         for name, average in self.average.items():
             average.lerp_(self.parameters[name].detach(), 1 - config.ema)
         self.step += 1
@@ -199,7 +195,7 @@ class Trainer:
             loss=loss,
             result=result,
             grad_norm=float(norm),
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=share * config.lr,
             seconds=time.perf_counter() - start,
             sequences=len(batch.input_ids),
         )
@@ -236,6 +232,16 @@ class Trainer:
         device = self.model.mask_embeddings.device
         return MaskBatch(*(tensor.to(device) for tensor in vars(batch).values()))
 
+    def _optimizer_states(self) -> dict[str, dict[str, Any]]:
+        """By name of the parameter, and live: what is put in counts."""
+        state_of = {
+            parameter: optimizer.state[parameter]
+            for optimizer, _ in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        return {name: state_of[parameter] for name, parameter in self.parameters.items()}
+
     def save(self) -> None:
         """Write checkpoint, adapter (averaged weights if there are any) and curve."""
         if self.processes.rank > 0:
@@ -244,7 +250,7 @@ class Trainer:
         save_checkpoint(
             self.checkpoint_path,
             self.parameters,
-            self.optimizer,
+            self._optimizer_states(),
             self.average,
             self.identity,
             self.step,
@@ -295,6 +301,17 @@ class Trainer:
         finally:
             for signal_number, handler in before.items():
                 signal.signal(signal_number, handler)
+
+
+def _optimizers(
+    parameters: dict[str, nn.Parameter], config: TrainConfig
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the deltas, AdamW for the rest, each with its peak learning rate."""
+    deltas = [p for name, p in parameters.items() if name.startswith("lora.")]
+    rest = [p for name, p in parameters.items() if not name.startswith("lora.")]
+    adamw = torch.optim.AdamW(rest, weight_decay=config.weight_decay)
+    muon = [(Muon(deltas, config.weight_decay), config.lora_lr)] if deltas else []
+    return [(adamw, config.lr), *muon]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
