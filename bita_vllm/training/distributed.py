@@ -1,8 +1,9 @@
 """More than one process (`torchrun`): the base model sharded, the adapter's weights replicated.
 
 torch's own FSDP2 (`fully_shard`) spreads the decoder's layers over the processes, each gathered
-just before it runs. Each process takes its sequences of every batch; gradients of the adapter are
-summed. Every sum is normalised by the whole batch, so losses are a single process's.
+just before it runs; with `--no-shard` every process holds the whole model. Each process takes its
+sequences of every batch; gradients of the adapter are summed. Every sum is normalised by the whole
+batch, so losses are a single process's.
 """
 
 from __future__ import annotations

@@ -77,6 +77,11 @@ def add_parser(subparsers: Any) -> None:
     machine.add_argument(
         "--checkpoint-activations", action="store_true", help="less memory, slower"
     )
+    machine.add_argument(
+        "--no-shard",
+        action="store_true",
+        help="under torchrun every process holds the whole base model: faster where it fits",
+    )
     machine.add_argument("--chunk-rows", type=int, default=256, help="rows of logits at a time")
     parser.set_defaults(run=run)
 
@@ -180,7 +185,7 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
         )
     if args.checkpoint_activations:
         model.checkpoint_activations()
-    if processes.size > 1:
+    if processes.size > 1 and not args.no_shard:
         shard_layers(base)
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
     provenance = {

@@ -85,9 +85,10 @@ def test_deltas_grow_from_an_adapter_with_fewer(model, data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_give_one_processs_losses(model, data, tmp_path):
-    """torchrun and FSDP2 on two gloo processes; batches of five sequences: shares of 3 and 2."""
-    command = ["train", str(model), "--data", str(data), *RUN, "--checkpoint-activations"]
+@pytest.mark.parametrize("how", ["--checkpoint-activations", "--no-shard"])
+def test_two_processes_give_one_processs_losses(model, data, tmp_path, how):
+    """torchrun on two gloo processes, with FSDP2 and without; batches of five sequences: shares of 3 and 2."""
+    command = ["train", str(model), "--data", str(data), *RUN, how]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
     subprocess.run(
         [
