@@ -40,7 +40,7 @@ BASE = {"--batch-size": "1", "--groups": "64", "--warmup": "4"}
 LORA = {"--lora-rank": "64"}
 RUNS: dict[str, dict[str, str]] = {
     "base: lr 3e-2, P 16, k 3, KL, 64 groups": {},
-    "deltas of rank 64": LORA,
+    "rank 64, lora lr 3e-3": {**LORA, "--lora-lr": "0.003"},
     "hard labels": {"--distill": "0"},
     "P 0": {"--prompt-tokens": "0"},
     "lr 1e-1": {"--lr": "0.1"},
@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, str]] = {
     "k 4, 48 groups": {"--mask-tokens": "4", "--groups": "48"},
     "rank 64, lora lr 6e-3": {**LORA, "--lora-lr": "0.006"},
     "k 2, 96 groups": {"--mask-tokens": "2", "--groups": "96"},
-    "rank 16": {"--lora-rank": "16"},
+    "rank 16, lora lr 3e-3": {"--lora-rank": "16", "--lora-lr": "0.003"},
     "rank 64, MLP only": {**LORA, "--lora-targets": "gate_proj,up_proj,down_proj"},
     "rank 64, attention only": {**LORA, "--lora-targets": "q_proj,k_proj,v_proj,o_proj"},
     "rank 64, P 0": {**LORA, "--prompt-tokens": "0"},

@@ -66,9 +66,8 @@ class SeenCost:
         plain = _factor(
             self._seen[PLAIN], self._expected[PLAIN], prior[PLAIN], self._of_plain(of_all)
         )
-        standard = (
-            self._expected[:PLAIN] * plain
-        )  # of blocks that are as dear beside plain as measured
+        # Of blocks that are as dear beside plain as measured.
+        standard = self._expected[:PLAIN] * plain
         seen = self._seen[:PLAIN]
         of_blocks = _factor(seen.sum(), standard.sum(), prior[:PLAIN].mean(), 1.0)
         of_width = _factor(
