@@ -82,7 +82,15 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
 @pytest.mark.parametrize(
     ("name", "rank", "later"),
     [
-        ("smollm2-135m-instruct", 16, [["human.jsonl"]] * 2 + [["mixed.jsonl", "own4.jsonl"]]),
+        (
+            "smollm2-135m-instruct",
+            16,
+            [
+                *[["human.jsonl"]] * 2,
+                ["mixed.jsonl", "own4.jsonl"],
+                ["unseen_mixed.jsonl", "unseen_own4.jsonl"],
+            ],
+        ),
         ("smollm2-135m-instruct-no-deltas", None, [["human.jsonl", "own.jsonl"]]),
     ],
 )

@@ -31,15 +31,10 @@ def errors(seen, other):
 
 
 def test_predicted_accepted_length_is_the_replayed_one():
-    """What the model of the process leaves out, without sampling error: the same answers.
-
-    Statistics are counted along the walks of 5,4,3, which a chain does not take: it comes out 3.03% too long
-    on the model's own prompts, 0.8% when counted along its own walks.
-    """
+    """What the model of the process leaves out, without sampling error: the same answers."""
     for answers in ("own_prompts", "mt_bench"):
-        *others, chain, paper = errors(recorded_ranks(answers), recorded_ranks(answers))
-        assert max(map(abs, [*others, paper])) < 0.03
-        assert abs(chain) < 0.035
+        found = errors(recorded_ranks(answers), recorded_ranks(answers))
+        assert max(map(abs, found)) < 0.03
 
 
 def test_statistics_of_one_set_of_prompts_hold_on_another():
