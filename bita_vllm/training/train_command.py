@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
     number("--groups", type=int, default=64, help="mask groups a sequence and step")
     number("--max-length", type=int, default=2048, help="tokens of a sequence that are used")
     number("--lr", type=float, default=3e-2, help="of mask embeddings and prompt tokens")
-    number("--lora-lr", type=float, default=3e-3, help="of the low-rank deltas")
+    number("--lora-lr", type=float, default=6e-3, help="of the low-rank deltas")
     number("--warmup", type=int, default=10, help="steps")
     number("--weight-decay", type=float, default=0.0)
     number("--clip", type=float, default=1.0, help="largest norm of the gradient")

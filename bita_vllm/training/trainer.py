@@ -49,7 +49,7 @@ class TrainConfig:
     groups: int = 64  # mask groups a sequence
     max_length: int = 2048  # tokens of a sequence that are used
     lr: float = 3e-2  # mask embeddings and prompt tokens
-    lora_lr: float = 3e-3
+    lora_lr: float = 6e-3
     warmup: int = 10  # steps
     weight_decay: float = 0.0
     clip: float = 1.0  # norm of the gradient
