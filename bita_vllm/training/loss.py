@@ -109,22 +109,26 @@ class _ChunkedLoss(torch.autograd.Function):
         grad = torch.empty_like(rows)
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
-            target = targets[part]
+            target, row_weights = targets[part], weights[place[part]]
             with torch.enable_grad():
                 chunk = rows[part].detach().requires_grad_()
                 scores = at_least_float32(model.logits(chunk))
-                log_probs = scores.log_softmax(dim=-1)
-                cross_entropy = F.nll_loss(log_probs, target, reduction="none")
-                divergence = torch.zeros_like(cross_entropy)
-                if distill > 0:
-                    divergence = _divergence(model, base_hidden, teacher[part], log_probs)
-                loss = (1 - distill) * cross_entropy + distill * divergence
-                weighted = (loss * weights[place[part]]).sum()
-                (grad[part],) = torch.autograd.grad(weighted, chunk)
-            total += weighted.detach()
             correct = (scores.detach().argmax(dim=-1) == target).float()
+            log_probs = scores.detach().log_softmax(dim=-1)
+            cross_entropy = F.nll_loss(log_probs, target, reduction="none")
+            divergence = torch.zeros_like(cross_entropy)
+            if distill > 0:
+                base, negative_entropy = _base_probs(model, base_hidden, teacher[part])
+                divergence = negative_entropy - torch.einsum("rv,rv->r", base, log_probs)
+            total += (((1 - distill) * cross_entropy + distill * divergence) * row_weights).sum()
+            # Slope of both terms at the scores: the mask's probabilities less those it is to have.
+            slope = log_probs.exp_()
+            slope[torch.arange(len(target), device=target.device), target] -= 1 - distill
+            if distill > 0:
+                slope.sub_(base, alpha=distill)
+            (grad[part],) = torch.autograd.grad(scores, chunk, slope.mul_(row_weights[:, None]))
             for line, values in enumerate(
-                (cross_entropy.detach(), divergence.detach(), correct, torch.ones_like(correct))
+                (cross_entropy, divergence, correct, torch.ones_like(correct))
             ):
                 statistics[line].index_add_(0, place[part], values.to(statistics.dtype))
         ctx.save_for_backward(grad)
@@ -136,16 +140,14 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad * grad_loss, *([None] * 9)
 
 
-def _divergence(
+def _base_probs(
     model: MaskModel,
     base_hidden: torch.Tensor,  # [B*T, H]
     teacher: torch.Tensor,  # [rows]
-    log_probs: torch.Tensor,  # [rows, V]
-) -> torch.Tensor:
-    """`[rows]`, KL(base || mask) in nats."""
-    with torch.no_grad():
-        distinct, index = teacher.unique(return_inverse=True)
-        base = at_least_float32(model.logits(base_hidden[distinct])).log_softmax(dim=-1)
-        probs = base.exp()
-        negative_entropy = (probs * base).sum(dim=-1)
-    return negative_entropy[index] - (probs[index] * log_probs).sum(dim=-1)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base model's distribution for each row: `[rows, V]`, and its negative entropy `[rows]`, nats."""
+    distinct, index = teacher.unique(return_inverse=True)
+    log_probs = at_least_float32(model.logits(base_hidden[distinct])).log_softmax(dim=-1)
+    probs = log_probs.exp()
+    negative_entropy = torch.einsum("rv,rv->r", probs, log_probs)
+    return probs[index], negative_entropy[index]
