@@ -73,8 +73,8 @@ class BitaSettings:
 
     @property
     def templates(self) -> tuple[Template, ...]:
-        """Every template that blocks are made from, by width."""
-        return tuple(self.ladder.templates[width] for width in self.ladder.widths)
+        """Every template that blocks are made from, by width, each width's first one first."""
+        return tuple(template for one in self.ladder.template_sets for template in one.templates)
 
     @property
     def max_depth(self) -> int:

@@ -27,7 +27,7 @@ class BlockGrammar:
     def __init__(
         self,
         manager: StructuredOutputManager,
-        # of every template that blocks are made from
+        # of every template that their blocks are made from
         tables: Sequence[TemplateTable],
         first_mask_id: int,
     ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateError
 
 LADDER_FILE = "ladder.json"  # beside the adapter's config
@@ -42,11 +43,14 @@ class Ladder:
             the first range starts at 1; a gap, and what comes after the last range, takes the width
             of the range before it.
         provenance: where cost and acceptance were measured; kept as it is.
+        choices: width -> set that begins with the template of that width, where there is more than one tree
+            for blocks to choose from.
     """
 
     templates: Mapping[int, Template]
     batch_sizes: Sequence[tuple[int, int, int]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[int, TemplateSet] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises LadderError."""
@@ -60,6 +64,12 @@ class Ladder:
                     f"Ladder: the template under width {width} has {template.num_rows} rows; "
                     f"its width is its rows less the root, {template.num_rows - 1}."
                 )
+        for width, choice in self.choices.items():
+            if width not in self.templates or choice.first.num_rows - 1 != width:
+                raise LadderError(
+                    f"Ladder: the template set under width {width} begins with a template of {choice.first.num_rows} "
+                    "rows; it must begin with the template of that width."
+                )
         _check_ranges(self.batch_sizes)
         for first, last, width in self.batch_sizes:
             if width != PLAIN_WIDTH and width not in self.templates:
@@ -69,10 +79,11 @@ class Ladder:
                 )
 
     @classmethod
-    def fixed(cls, template: Template) -> Ladder:
-        """One template for every batch size."""
-        width = template.num_rows - 1
-        return cls({width: template}, [(1, 1, width)])
+    def fixed(cls, chosen: Template | TemplateSet) -> Ladder:
+        """One template, or the trees of one set, for every batch size."""
+        choice = chosen if isinstance(chosen, TemplateSet) else TemplateSet((chosen,))
+        width = choice.first.num_rows - 1
+        return cls({width: choice.first}, [(1, 1, width)], {}, {width: choice})
 
     @classmethod
     def load(cls, path: str | Path) -> Ladder:
@@ -89,6 +100,10 @@ class Ladder:
             templates = [Template.from_dict(entry) for entry in content["templates"]]
             ranges = [_range(entry) for entry in content["batch_sizes"]]
             provenance = dict(content.get("provenance", {}))
+            choices = {
+                int(width): TemplateSet.from_dict(entry)
+                for width, entry in content.get("choices", {}).items()
+            }
         except TemplateError as error:
             raise LadderError(f"Ladder file {path}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,7 +118,7 @@ class Ladder:
         by_width = {template.num_rows - 1: template for template in templates}
         if len(by_width) < len(templates):
             raise LadderError(f"Ladder file {path} has two templates of one width; leave one out.")
-        return cls(by_width, ranges, provenance)
+        return cls(by_width, ranges, provenance, choices)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form, in one move. Raises LadderError."""
@@ -112,6 +127,7 @@ class Ladder:
             "bita_ladder": FORMAT_VERSION,
             "batch_sizes": [list(entry) for entry in self.batch_sizes],
             "templates": [self.templates[width].to_dict() for width in self.widths],
+            "choices": {str(width): choice.to_dict() for width, choice in self.choices.items()},
             "provenance": dict(self.provenance),
         }
         scratch = path.with_suffix(".saving")
@@ -123,7 +139,7 @@ class Ladder:
 
     def check(self, num_masks: int) -> None:
         """Raise LadderError unless an adapter with k = `num_masks` can serve every template."""
-        longest = max(template.num_masks for template in self.templates.values())
+        longest = max(one.num_masks for one in self.template_sets)
         if longest > num_masks:
             raise LadderError(
                 f"The ladder has a mask group of {longest} rows, but the adapter has {num_masks} mask tokens; "
@@ -134,6 +150,14 @@ class Ladder:
     def widths(self) -> list[int]:
         """Widths that have a template, ascending."""
         return sorted(self.templates)
+
+    @cached_property
+    def template_sets(self) -> tuple[TemplateSet, ...]:
+        """What blocks of each width are made from, by width, ascending."""
+        return tuple(
+            self.choices.get(width) or TemplateSet((self.templates[width],))
+            for width in self.widths
+        )
 
     @property
     def is_fixed(self) -> bool:
@@ -155,7 +179,7 @@ class Ladder:
     def describe(self) -> str:
         """For logs: rows by batch size, or the template if it is the only one."""
         if len(self.templates) == len(self.batch_sizes) == 1:
-            return self.widest.describe()
+            return self.template_sets[0].describe()
         return describe_ranges(self.batch_sizes)
 
 

@@ -10,8 +10,8 @@ from vllm.logger import init_logger
 
 from bita_vllm.adapter import AdapterConfig
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.tree import MAX_ROWS, Template
-from bita_vllm.tree_search import best_template
 
 logger = init_logger("vllm.bita")
 
@@ -45,8 +45,8 @@ def choose_ladder(
         return AUTO, _named_ladder(given, adapter, device)
     if not fixed and (ladder := _ladder_beside(adapter, device)) is not None:
         return AUTO, ladder
-    tree, template = _choose_template(options, adapter)
-    return tree, Ladder.fixed(template)
+    tree, chosen = _choose_template(options, adapter)
+    return tree, Ladder.fixed(chosen)
 
 
 def _named_ladder(path: str, adapter: AdapterConfig, device: str) -> Ladder:
@@ -85,8 +85,10 @@ def _ladder_beside(adapter: AdapterConfig, device: str) -> Ladder | None:
     return ladder
 
 
-def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tuple[str, Template]:
-    """The tree as given, and the template: explicit, or the best one within the row budget."""
+def _choose_template(
+    options: Mapping[str, Any], adapter: AdapterConfig
+) -> tuple[str, Template | TemplateSet]:
+    """The tree as given, and the template: explicit, or the best within the row budget."""
     budget = options.get("num_speculative_tokens")
     budget = None if budget == AUTO else budget
     if budget is not None and (type(budget) is not int or not 2 <= budget < MAX_ROWS):
@@ -104,7 +106,7 @@ def _choose_template(options: Mapping[str, Any], adapter: AdapterConfig) -> tupl
         )
     if tree == AUTO:
         num_rows = min((budget or adapter.speculative_tokens) + 1, MAX_ROWS)
-        return tree, best_template(num_rows, adapter.num_mask_tokens, adapter.acceptance)
+        return tree, set_within(num_rows, adapter.num_mask_tokens, adapter.acceptance)
 
     template = Template.from_text(tree, adapter.num_mask_tokens)
     if template is None:

@@ -41,7 +41,8 @@ class _BlockScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        tables = [TemplateTable(template) for template in settings.templates]
+        # Requests with a grammar have blocks of first templates only (the runners see to it).
+        tables = [TemplateTable(one.first) for one in settings.ladder.template_sets]
         stacked = TemplateTable(*settings.templates)
         self._depth_of_line = depth_of_line(stacked)
         self._depth_offered = depth_offered(TemplateTable(settings.template))

@@ -264,7 +264,7 @@ class TemplateTable:
 
     Attributes:
         template: the largest.
-        first_line, max_depths, max_ranks: `[T]` int64, by template.
+        first_line, max_depths: `[T]` int64, by template.
         num_rows: `[lines]` int32.
         num_nodes: `[lines]` int32.
         depth, parent, rank, mask_index: `[lines, R]` int32 (0, -1, -1, -1 in padding).
@@ -275,7 +275,6 @@ class TemplateTable:
     def __init__(self, *templates: Template) -> None:
         self.template = max(templates, key=lambda template: template.num_rows)
         self.max_depths = np.array([t.max_depth for t in templates])
-        self.max_ranks = np.array([t.max_rank for t in templates])
         self.first_line = np.cumsum(self.max_depths + 1) - self.max_depths - 1
         variants = [t.restrict(depths) for t in templates for depths in range(t.max_depth + 1)]
         lines, rows = len(variants), self.template.num_rows

@@ -108,17 +108,13 @@ class StepBlocks:
             node = np.where(walking, child.argmax(axis=1), node)
         return Walk(tokens=tokens, path=path, num_emitted=(tokens >= 0).sum(axis=1), last_node=node)
 
-    def next_blocks(self, walk: Walk, template: int = 0) -> NextBlocks:
-        """Lines of the next blocks, all of one template, and the mask rows whose logits fill their candidates."""
+    def next_blocks(self, walk: Walk, max_depth: int) -> NextBlocks:
+        """How deep the next blocks can be, at most `max_depth`, and the mask rows whose logits fill them."""
         rows = self.table.candidate_rows[self.line, walk.last_node]
         usable = (rows >= 0) & (rows < self.num_rows[:, None]) & (self.line >= 0)[:, None]
-        depths = np.cumprod(usable, axis=1).sum(axis=1)
-        depths = np.minimum(depths, self.table.max_depths[template])
+        depths = np.minimum(np.cumprod(usable, axis=1).sum(axis=1), max_depth)
         usable = np.arange(rows.shape[1]) < depths[:, None]
-        return NextBlocks(
-            line=self.table.first_line[template] + depths,
-            mask_rows=np.where(usable, self.first_row[:, None] + rows, -1),
-        )
+        return NextBlocks(depths, np.where(usable, self.first_row[:, None] + rows, -1))
 
 
 @dataclass
@@ -147,41 +143,48 @@ class Walk:
 
 @dataclass
 class NextBlocks:
-    """The blocks of the next step.
+    """What the blocks of the next step can be made from.
 
     Attributes:
-        line: `[B]` line of the template table: which template, how many depths have candidates.
+        depths: `[B]` depths that have candidates.
         mask_rows: `[B, max_depth]` row of the step whose logits give the candidates of depth d+1, -1 if none.
     """
 
-    line: np.ndarray
+    depths: np.ndarray
     mask_rows: np.ndarray
 
     @classmethod
-    def without_candidates(
-        cls, table: TemplateTable, num_requests: int, template: int = 0
-    ) -> NextBlocks:
+    def without_candidates(cls, table: TemplateTable, num_requests: int) -> NextBlocks:
         """After a step without blocks."""
         return cls(
-            line=np.full(num_requests, table.first_line[template]),
-            mask_rows=np.full((num_requests, table.max_depth), -1),
+            np.zeros(num_requests, dtype=np.int64), np.full((num_requests, table.max_depth), -1)
         )
+
+    def by_depth(
+        self,
+        # [number of mask_rows >= 0, ...]
+        of_rows: np.ndarray,
+    ) -> np.ndarray:
+        """`[B, max_depth, ...]` what the chosen mask rows say, by the depth that it is for; zeros where none does."""
+        spread = np.zeros((*self.mask_rows.shape, *of_rows.shape[1:]), dtype=of_rows.dtype)
+        spread[self.mask_rows >= 0] = of_rows
+        return spread
 
     def fill(
         self,
         table: TemplateTable,
-        # [number of mask_rows >= 0, ranks that the template uses], most likely token first
+        # [B] line of each next block, of no more depths than have candidates
+        line: np.ndarray,
+        # [number of mask_rows >= 0, ranks that the lines use], most likely token first
         top_tokens: np.ndarray,
         first_mask_id: int,
     ) -> list[list[int]]:
         """Draft tokens of each request: candidates in the order of the template's nodes, then mask ids."""
-        num_requests, max_depth = self.mask_rows.shape
-        candidates = np.zeros((num_requests, max_depth, top_tokens.shape[1]), dtype=np.int64)
-        candidates[self.mask_rows >= 0] = top_tokens
-        depth, rank = table.depth[self.line, 1:], table.rank[self.line, 1:]
-        mask_index = table.mask_index[self.line, 1:]
+        candidates = self.by_depth(top_tokens)
+        depth, rank = table.depth[line, 1:], table.rank[line, 1:]
+        mask_index = table.mask_index[line, 1:]
         is_node = rank >= 0
-        request = np.arange(num_requests)[:, None]
+        request = np.arange(len(line))[:, None]
         block = np.where(
             is_node,
             candidates[request, np.where(is_node, depth - 1, 0), np.where(is_node, rank, 0)],
@@ -189,5 +192,5 @@ class NextBlocks:
         )
         return [
             row[:n]
-            for row, n in zip(block.tolist(), (table.num_rows[self.line] - 1).tolist(), strict=True)
+            for row, n in zip(block.tolist(), (table.num_rows[line] - 1).tolist(), strict=True)
         ]

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from bita_vllm.adapter import AdapterConfig
 from bita_vllm.attention.cpu import (
     TreeCPUAttentionBackend,
     TreeCPUAttentionImpl,
@@ -26,11 +27,13 @@ from bita_vllm.attention.cpu import (
 )
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.ladder import PLAIN_WIDTH
+from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import cpu_gains, packed_linear_layers
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import NO_BLOCK, TemplateTable
+from bita_vllm.tree_search import acceptance_table
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -64,6 +67,9 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
         self.table = TemplateTable(*settings.templates)
+        adapter = AdapterConfig.load(settings.adapter_dir)
+        acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
+        self.choice = LineChoice(settings.ladder.template_sets, acceptance, torch.device("cpu"))
         self.vocab_size = self.model_config.get_vocab_size()
         self._lines: dict[str, int] = {}
         self._blocks: StepBlocks | None = None
@@ -242,20 +248,32 @@ class BitaCPUModelRunner(CPUModelRunner):
         width = scheduler_output.num_spec_tokens_to_schedule
         if width == PLAIN_WIDTH:
             return [[] for _ in range(num_requests)]
-        template = self.settings.ladder.widths.index(width)
+        index = self.settings.ladder.widths.index(width)
+        templates = self.settings.ladder.template_sets[index]
         if blocks is None or walk is None:
-            upcoming = NextBlocks.without_candidates(self.table, num_requests, template)
+            upcoming = NextBlocks.without_candidates(self.table, num_requests)
         else:
-            upcoming = blocks.next_blocks(walk, template)
+            upcoming = blocks.next_blocks(walk, templates.max_depth)
         mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
-        num_ranks = int(self.table.max_ranks[template])
-        top_tokens = np.zeros((0, num_ranks), dtype=np.int64)
+        # Bitmasks are made for first templates only: `grammar.py` knows a tree by its rows.
+        chooses = templates.has_choice and not scheduler_output.has_structured_output_requests
+        probabilities = torch.zeros(len(mask_rows), templates.max_rank)
+        top_tokens = np.zeros((0, templates.max_rank), dtype=np.int64)
         if blocks is not None and len(mask_rows):
             if len(self._mask_logits):
                 logits = self._mask_logits[np.searchsorted(blocks.mask_rows(), mask_rows)]
             else:
                 logits = self.model.compute_logits(hidden_states[torch.from_numpy(mask_rows)])
-            top_tokens = logits.topk(num_ranks, dim=-1).indices.numpy()
-        drafts = upcoming.fill(self.table, top_tokens, self.vocab_size)
-        self._lines.update(zip(self.input_batch.req_ids, upcoming.line.tolist(), strict=True))
+            top = logits.topk(templates.max_rank, dim=-1)
+            top_tokens = top.indices.numpy()
+            if chooses:
+                probabilities = probabilities_of(top.values, logits)
+        line = self.choice(
+            index,
+            torch.from_numpy(upcoming.depths),
+            torch.from_numpy(upcoming.by_depth(probabilities.numpy())),
+            only_first=not chooses,
+        ).numpy()
+        drafts = upcoming.fill(self.table, line, top_tokens, self.vocab_size)
+        self._lines.update(zip(self.input_batch.req_ids, line.tolist(), strict=True))
         return drafts

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from bita_kernels.add_mask_lora import add_mask_lora
 from bita_kernels.attention_config import AttentionConfig
-from bita_kernels.build_block import build_block, workspace_shape
 from bita_kernels.move_kv import LayerCaches, move_kv
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -31,10 +30,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejec
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
-from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 
+from bita_vllm.adapter import AdapterConfig
 from bita_vllm.attention.gpu import (
     SharedWorkspaces,
     TreeTritonAttentionBackend,
@@ -44,6 +42,7 @@ from bita_vllm.attention.prefill import flash_attention
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
+from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.loading import (
@@ -53,12 +52,7 @@ from bita_vllm.runner.loading import (
     replaced,
 )
 from bita_vllm.runner.mask_lora import in_dtype, opaque_operation
-
-
-def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:
-    """Runs of requests whose logits are held at once: as many as vLLM's rejection sampler holds."""
-    most = max(1, get_max_chunk_logits(vocab_size) // rows_each)
-    return [slice(start, min(start + most, num_requests)) for start in range(0, num_requests, most)]
+from bita_vllm.tree_search import acceptance_table
 
 
 def _add_mask_lora_to_blocks(
@@ -85,69 +79,6 @@ class BitaGPUWorker(Worker):
 
     def _make_model_runner(self) -> BitaGPUModelRunner:
         return BitaGPUModelRunner(self.vllm_config, self.device)
-
-
-class BlockSpeculator(BaseSpeculator):
-    """Makes the next blocks from what the walk left; there is no draft model."""
-
-    draft_logits = None
-    supports_mm_inputs = False
-    enable_adaptive_verification = False
-
-    def __init__(self, max_num_reqs: int, num_drafts: int, device: torch.device) -> None:
-        # [max_num_reqs, R-1] the next block of each request of the step, in batch order
-        self.draft_tokens = torch.zeros(max_num_reqs, num_drafts, dtype=torch.int64, device=device)
-
-    def load(self, model: Any, trees: StepTrees, vocab_size: int) -> None:
-        """The model is there: its output head makes candidates."""
-        self.compute_logits, self.trees, self.vocab_size = model.compute_logits, trees, vocab_size
-        self.workspace = torch.empty(
-            workspace_shape(len(self.draft_tokens), vocab_size, trees.table),
-            dtype=torch.int64,
-            device=self.draft_tokens.device,
-        )
-
-    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Nothing of its own to capture."""
-
-    def capture(self) -> None:
-        """Nothing of its own to capture."""
-
-    def propose(
-        self,
-        input_batch: InputBatch,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        # [rows, H]
-        last_hidden_states: torch.Tensor,
-        *args: Any,
-        num_speculative_tokens: int | None = None,
-        dummy_run: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """`[num_reqs, R-1]` int64; `num_speculative_tokens` says for which template. Width 0 drafts nothing."""
-        n = input_batch.num_reqs
-        if dummy_run or not num_speculative_tokens:
-            return self.draft_tokens[:n]
-        trees = self.trees
-        line = trees.choose_lines(input_batch, num_speculative_tokens)
-        for part in parts_of(n, trees.table.max_depth, self.vocab_size):
-            rows, logits_rows = trees.candidate_rows(part, num_speculative_tokens)
-            if input_batch.num_draft_tokens:
-                logits = self.compute_logits(last_hidden_states[rows])
-            else:  # no candidates: no row of the logits is read
-                logits = last_hidden_states.new_empty(1, self.vocab_size).expand(len(rows), -1)
-            num_logits = (part.stop - part.start) * trees.table.max_depth
-            build_block(
-                logits,
-                logits_rows,
-                line[part],
-                self.vocab_size,
-                trees.table,
-                self.workspace[:num_logits],
-                self.draft_tokens[part],
-            )
-        return self.draft_tokens[:n]
 
 
 class BitaModelState(DefaultModelState):
@@ -216,7 +147,12 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self.speculator.load(self.model, trees, self.vocab_size)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
         keep_through_sleep(
-            self.model, trees, trees.table, self.node_grammar, *(layer.impl for layer in layers)
+            self.model,
+            trees,
+            trees.table,
+            trees.choice,
+            self.node_grammar,
+            *(layer.impl for layer in layers),
         )
 
     def _make_model_state(
@@ -234,7 +170,13 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             device,
         )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
-        state.trees = StepTrees(self.settings.templates, self.max_num_reqs, device)
+        adapter = AdapterConfig.load(self.settings.adapter_dir)
+        state.trees = StepTrees(
+            self.settings.ladder.template_sets,
+            acceptance_table(adapter.acceptance, adapter.num_mask_tokens),
+            self.max_num_reqs,
+            device,
+        )
         workspaces = SharedWorkspaces(
             self.settings.template.num_rows, self.max_num_reqs, self.max_model_len, device
         )
@@ -300,6 +242,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         column is the line of each request's block (`BlockOutput`).
         """
         trees, n = self.model_state.trees, input_batch.num_reqs
+        self.speculator.constrained = grammar_output is not None
         if input_batch.num_draft_tokens == 0:
             trees.no_candidates(n)
             return super().sample(hidden_states, input_batch, grammar_output)

@@ -13,15 +13,18 @@ from bita_kernels.accept_tree import accept_tree
 from bita_kernels.tree_table import TreeTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.mask_lora import MaskRows
-from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.template_set import TemplateSet
+from bita_vllm.tree import TemplateTable
 
 
 class StepTrees:
     """B requests of a step in batch order; slots are vLLM's places of requests between steps.
 
     Attributes:
-        table: the lines of all templates.
+        table: the lines of all templates, set after set.
+        choice: which of a set's lines a block takes.
         line_of_slot: `[max_num_reqs]` int32, line of the next block of the request in each slot.
         line: `[max_num_reqs]` int32, line of each request's block, -1 without one and behind B.
         first_row: `[max_num_reqs]` int32, the root's row in the step; without a block the last row.
@@ -35,13 +38,21 @@ class StepTrees:
     lora_rows: MaskRows | None = None
 
     def __init__(
-        self, templates: Sequence[Template], max_num_reqs: int, device: torch.device
+        self,
+        sets: Sequence[TemplateSet],
+        # [ages, 2, k, ranks] the adapter's
+        acceptance: np.ndarray,
+        max_num_reqs: int,
+        device: torch.device,
     ) -> None:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
-        lines = TemplateTable(*templates)
+        lines = TemplateTable(*(template for one in sets for template in one.templates))
         self.table = table = TreeTable.of(lines, device)
+        self.choice = LineChoice(sets, acceptance, device)
+        # by the number of draft tokens, as vLLM counts a width
+        self._sets = {one.first.num_rows - 1: (i, one) for i, one in enumerate(sets)}
         self.line_of_slot, self.line = buffer(), buffer()
         self.first_row, self.num_rows, self.context_len = buffer(), buffer(), buffer()
         self.tokens = buffer(table.max_depth + 1, dtype=torch.int64)
@@ -49,12 +60,7 @@ class StepTrees:
         self.num_emitted, self.last_node, self.next_depths = buffer(), buffer(), buffer()
         self.mask_rows = buffer(table.max_depth)
         self.block_tables: tuple[torch.Tensor, ...] = ()
-        # by the number of draft tokens, as vLLM counts a width
-        first_lines = lines.first_line.tolist()
-        self._templates = {
-            t.num_rows - 1: (t, first) for t, first in zip(templates, first_lines, strict=True)
-        }
-        # nodes of the template that each slot's next block is made from; known on the host
+        # most nodes of the templates that each slot's next block is made from; known on the host
         self._nodes_of_slot_np = np.ones(max_num_reqs, dtype=np.int64)
         self._emitting = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
         self._requests = torch.arange(max_num_reqs, dtype=torch.int32, device=device)
@@ -152,13 +158,36 @@ class StepTrees:
         """As `walk`, in a step without blocks: every next block is line 0."""
         self.next_depths[:n] = 0
 
-    def choose_lines(self, input_batch: InputBatch, width: int) -> torch.Tensor:
-        """`[B]` int32, lines of the next blocks, of the template with `width` draft tokens; kept by slot."""
-        template, first_line = self._templates[width]
-        line = self.next_depths[: input_batch.num_reqs].clamp(max=template.max_depth) + first_line
+    def choose_lines(
+        self,
+        part: slice,
+        width: int,
+        # [requests of the part * depths, V], of `candidate_rows`
+        logits: torch.Tensor,
+        only_first: bool,
+    ) -> torch.Tensor:
+        """`[requests of the part]` int32, lines of the next blocks, of a template with `width` draft tokens."""
+        index, templates = self._sets[width]
+        depths = self.next_depths[part].clamp(max=templates.max_depth)
+        probabilities = logits[:, : templates.max_rank]
+        only_first = only_first or not templates.has_choice
+        if not only_first:
+            top = logits.topk(templates.max_rank, dim=-1).values
+            probabilities = probabilities_of(top, logits)
+        by_depth = probabilities.unflatten(0, (-1, templates.max_depth))
+        return self.choice(index, depths, by_depth, only_first).int()
+
+    def keep_lines(
+        self,
+        input_batch: InputBatch,
+        # [B] int32
+        line: torch.Tensor,
+        width: int,
+    ) -> None:
+        """Remember the next blocks by slot."""
         self.line_of_slot[input_batch.idx_mapping] = line
-        self._nodes_of_slot_np[input_batch.idx_mapping_np] = template.num_nodes
-        return line
+        most = max(template.num_nodes for template in self._sets[width][1].templates)
+        self._nodes_of_slot_np[input_batch.idx_mapping_np] = most
 
     def candidate_rows(self, part: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the step whose logits give candidates, and where each request finds them.
@@ -166,7 +195,7 @@ class StepTrees:
         `[requests of the part * depths]` int64, and `[requests of the part, max_depth]` int32: which of
         those rows predicts depth d+1.
         """
-        depths = self._templates[width][0].max_depth
+        depths = self._sets[width][1].max_depth
         rows = self.mask_rows[part, :depths].flatten().clamp(min=0).long()
         first = self._requests[: part.stop - part.start, None] * depths
         return rows, first + self._depths

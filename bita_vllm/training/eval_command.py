@@ -14,8 +14,8 @@ from bita_vllm.training.base_model import DTYPES
 
 if TYPE_CHECKING:
     from bita_vllm.adapter import AdapterConfig
+    from bita_vllm.template_set import TemplateSet
     from bita_vllm.training.samples import Sample
-    from bita_vllm.tree import Template
 
 DEFAULT_TREES = ("1,1,1", "5,4,3", "auto")
 SHOWN_RANKS = (1, 2, 3, 5, 10)
@@ -101,7 +101,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bita_vllm.training.evaluate import (
         acceptance_statistics,
         accepted_lengths,
-        answer_ranks,
+        answer_predictions,
+        budget_of,
+        chosen_lengths,
         mask_accuracy,
         parse_tree,
         save_acceptance,
@@ -109,6 +111,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bita_vllm.training.mask_model import MaskModel
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
+    from bita_vllm.training.set_search import find_sets
+    from bita_vllm.tree_search import acceptance_table
+    from bita_vllm.tuning.choose import BUDGETS
 
     limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
     require_at_least(args, limits)
@@ -128,7 +133,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     base = load_base(model, args.revision, "auto", dtype)
     decoder = MaskModel.from_adapter(base, adapter_dir)
-    ranks = answer_ranks(decoder, samples, args.max_positions)
+    predictions = answer_predictions(decoder, samples, args.max_positions)
+    ranks = predictions.ranks
     samples = samples[: len(ranks)]
     accuracy = mask_accuracy(ranks)
     if not accuracy.num_positions.all():
@@ -152,23 +158,28 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "model": portable_name(model),
         "data": portable_name(args.data or args.prompts),
     }
-    templates = {tree: parse_tree(tree, config, acceptance) for tree in trees}
+    budgets = {*BUDGETS, config.speculative_tokens + 1, *filter(None, map(budget_of, trees))}
+    acceptance["template_sets"] = find_sets(budgets, acceptance, predictions)
+    table = acceptance_table(acceptance, config.num_mask_tokens)
+    chosen = {tree: parse_tree(tree, config, acceptance) for tree in trees}
     if not args.no_save:
         save_acceptance(adapter_dir, acceptance)
     rows = []
-    for tree, template in templates.items():
-        lengths = accepted_lengths(template, ranks)
+    for tree, templates in chosen.items():
+        alone = accepted_lengths(templates.first, ranks)
+        lengths = chosen_lengths(templates, table, predictions) if templates.has_choice else alone
         row = {
             "tree": tree,
-            "rows": template.num_rows,
-            "nodes": template.num_nodes - 1,
+            "rows": templates.first.num_rows,
+            "trees": len(templates.templates),
             "steps": sum(map(len, lengths)),
             "simulated": _mean([length for answer in lengths for length in answer]),
+            "first_alone": _mean([length for answer in alone for length in answer]),
         }
         if args.engine:
             steps = [len(answer) for answer in lengths]
             row |= _engine_row(
-                args, model, dtype, adapter_dir, template, samples, steps, engine_args
+                args, model, dtype, adapter_dir, templates, samples, steps, engine_args
             )
         rows.append(row)
     return {
@@ -216,28 +227,29 @@ def _engine_row(
     model: str,
     dtype: str,
     adapter_dir: Path,
-    template: Template,
+    templates: TemplateSet,
     samples: list[Sample],
     steps: list[int],
     engine_args: dict[str, Any],
 ) -> dict[str, Any]:
     """Accepted length in the engine; `same_answers` counts answers that came out token for token as
     they were known, `same_steps` those of them that took as many steps as the simulation says."""
+    from bita_vllm.ladder import Ladder
     from bita_vllm.training.base_model import start_engine
     from bita_vllm.training.engine_lengths import engine_answers
 
     longest = max(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree.json"
-        template.save(tree)
+        ladder = Path(folder) / "ladder.json"
+        Ladder.fixed(templates).save(ladder)
         options = {
             "revision": args.revision,
             "dtype": dtype,
-            "max_model_len": longest + template.num_rows,
+            "max_model_len": longest + templates.first.num_rows,
             "speculative_config": {
                 "method": "bita",
                 "model": str(adapter_dir),
-                "tree": str(tree),
+                "ladder": str(ladder),
             },
             **engine_args,
         }

@@ -19,12 +19,14 @@ import torch
 from tqdm import tqdm
 
 from bita_vllm.adapter import CONFIG_FILE, AdapterConfig, AdapterError
+from bita_vllm.line_choice import LineChoice
+from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample
-from bita_vllm.training.walk import NO_RANK, TreeWalker
+from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
 from bita_vllm.tree import Template, TemplateError
-from bita_vllm.tree_search import best_template
 
+AUTO = "auto"
 NUM_RANKS = 10
 REFERENCE_WIDTHS = (5, 4, 3)  # the paper's tree; deeper masks get the last width
 CONDITION = (
@@ -34,53 +36,82 @@ CONDITION = (
 SMOOTHING = 10  # places that the mean counts as, where a condition was met seldom
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What the masks said about the answers, by answer of n tokens.
+
+    Attributes:
+        ranks: `[n, k]` int32: entry (i, j) is the rank of answer token i+2+j in the prediction of mask index
+            j of a group under answer token i; NO_RANK behind the answer's end. Rank 0 is the most likely
+            token; of equal logits the smaller id comes first.
+        probabilities: `[n, k, NUM_RANKS]` float32, of the candidates in the same predictions, best first;
+            zeros behind the answer's last but two tokens, where no group has anything to predict.
+    """
+
+    ranks: list[np.ndarray]
+    probabilities: list[np.ndarray]
+
+
 @torch.no_grad()
-def answer_ranks(
+def answer_predictions(
     model: MaskModel,
     samples: Sequence[Sample],
     max_positions: int,
     chunk_groups: int = 128,
-) -> list[np.ndarray]:
-    """For each answer of n tokens `[n, k]` int32: entry (i, j) is the rank of answer token i+2+j in
-    the prediction of mask index j of a group under answer token i; NO_RANK behind the answer's end.
+) -> Predictions:
+    """The masks' predictions along the answers, a group under every token.
 
-    Rank 0 is the most likely token; of equal logits the smaller id comes first. Stops before the
-    sample that would bring the mask groups to more than `max_positions` (never before the first).
+    Stops before the sample that would bring the mask groups to more than `max_positions` (never before the
+    first).
     """
-    found: list[np.ndarray] = []
+    found = Predictions([], [])
     device = model.mask_embeddings.device
     total = min(max_positions, sum(len(sample.answer_ids) for sample in samples))
     with tqdm(total=total, desc="evaluating", unit="position") as bar:
         for sample in samples:
-            if found and sum(map(len, found)) + len(sample.answer_ids) > max_positions:
+            if found.ranks and sum(map(len, found.ranks)) + len(sample.answer_ids) > max_positions:
                 break
             ids = torch.tensor(sample.prompt_ids + sample.answer_ids, device=device)
             first, n = len(sample.prompt_ids), len(sample.answer_ids)
             ranks = np.full((n, model.num_masks), NO_RANK, dtype=np.int32)
+            probabilities = np.zeros((n, model.num_masks, NUM_RANKS), dtype=np.float32)
             context = model.context(ids[None])
             # The group under the answer's last but one token has nothing to predict.
             for start in range(0, n - 2, chunk_groups):
                 roots = torch.arange(first + start, first + min(start + chunk_groups, n - 2))
-                rows = _target_ranks(model, context, ids, roots.to(device))
-                ranks[start : start + len(roots)] = rows.cpu().numpy()
-            found.append(ranks)
+                rows = slice(start, start + len(roots))
+                logits = model.mask_logits(context, roots[None].to(device))[0]
+                ranks[rows] = _target_ranks(logits, ids, roots.to(device)).cpu().numpy()
+                # A tiny vocabulary may have fewer tokens than ranks.
+                best = logits.softmax(-1).topk(min(NUM_RANKS, logits.shape[-1])).values
+                probabilities[rows, :, : best.shape[-1]] = best.float().cpu().numpy()
+            found.ranks.append(ranks)
+            found.probabilities.append(probabilities)
             bar.update(n)
     return found
 
 
-def _target_ranks(
+def answer_ranks(
     model: MaskModel,
-    context: Any,
+    samples: Sequence[Sample],
+    max_positions: int,
+) -> list[np.ndarray]:
+    """The ranks alone."""
+    return answer_predictions(model, samples, max_positions).ranks
+
+
+def _target_ranks(
+    # [G, k, V]
+    logits: torch.Tensor,
     # [T] the whole text
     ids: torch.Tensor,
     # [G] places of the roots in it
     roots: torch.Tensor,
 ) -> torch.Tensor:
     """`[G, k]` int32 rank of the text's token in each mask row's prediction."""
-    places = roots[:, None] + 2 + torch.arange(model.num_masks, device=roots.device)
+    places = roots[:, None] + 2 + torch.arange(logits.shape[1], device=roots.device)
     exists = places < len(ids)
     targets = ids[places.clamp(max=len(ids) - 1)][..., None]  # [G, k, 1]
-    logits = model.logits(model.mask_hidden(context, roots[None]))[0]  # [G, k, V]
     own = logits.gather(-1, targets)
     tokens = torch.arange(logits.shape[-1], device=roots.device)
     before = (logits > own) | ((logits == own) & (tokens < targets))
@@ -112,6 +143,33 @@ def accepted_lengths(template: Template, ranks: Sequence[np.ndarray]) -> list[li
     """Accepted length of every step after prefill, by answer."""
     walker = TreeWalker(template)
     return [walker.replay(rows).lengths for rows in ranks]
+
+
+def chosen_lengths(
+    templates: TemplateSet,
+    # [ages, 2, k, ranks], what the engine values left-over predictions by
+    acceptance: np.ndarray,
+    predictions: Predictions,
+) -> list[list[int]]:
+    """As `accepted_lengths`, where each step takes the template that promises most."""
+    walker = TreeWalker(*templates.templates)
+    choice = LineChoice([templates], acceptance, torch.device("cpu"))
+    first_lines = walker.table.first_line
+    found = []
+    for ranks, probabilities in zip(predictions.ranks, predictions.probabilities, strict=True):
+        given = torch.from_numpy(probabilities)
+
+        def choose(sources: Sources, given: torch.Tensor = given) -> int:
+            sources = sources[: templates.max_depth]
+            if not sources:
+                return 0
+            known = torch.zeros(1, templates.max_depth, given.shape[2])
+            known[0, : len(sources)] = given[tuple(zip(*sources, strict=True))]
+            line = int(choice(0, torch.tensor([len(sources)]), known, only_first=False))
+            return int(np.searchsorted(first_lines, line, side="right")) - 1
+
+        found.append(walker.replay(ranks, choose).lengths)
+    return found
 
 
 def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -196,18 +254,25 @@ def save_acceptance(adapter_dir: Path, statistics: dict[str, Any]) -> None:
         ) from error
 
 
-def parse_tree(spec: str, config: AdapterConfig, acceptance: Mapping[str, Any] | None) -> Template:
+def budget_of(spec: str) -> int | None:
+    """24 of 'auto:24'; None for every other tree."""
+    name, _, rows = spec.partition(":")
+    return int(rows) if name == AUTO and rows.isdigit() else None
+
+
+def parse_tree(
+    spec: str, config: AdapterConfig, acceptance: Mapping[str, Any] | None
+) -> TemplateSet:
     """'5,4,3', 'auto' (the adapter's row budget), 'auto:24' (at most 24 rows), or a template file.
 
     `acceptance` is what 'auto' chooses by (None: the default). Raises TemplateError.
     """
-    name, _, rows = spec.partition(":")
-    if name == "auto" and (rows.isdigit() or spec == "auto"):
-        budget = int(rows) if rows else config.speculative_tokens + 1
-        return best_template(budget, config.num_mask_tokens, acceptance)
+    if spec == AUTO or budget_of(spec):
+        budget = budget_of(spec) or config.speculative_tokens + 1
+        return set_within(budget, config.num_mask_tokens, acceptance)
     template = Template.from_text(spec, config.num_mask_tokens)
     if template is None:
         raise TemplateError(
             f"Tree {spec!r} is neither 'auto', 'auto:ROWS', widths such as '5,4,3', nor an existing template file."
         )
-    return template
+    return TemplateSet((template,))

@@ -7,6 +7,7 @@ no model is needed once these are computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,14 +110,16 @@ class TreeWalker:
         self,
         # [n, k] rank of answer token i+2+j in the prediction of mask index j under answer token i
         ranks: np.ndarray,
+        # sources of a step's candidates -> its template
+        choose: Callable[[Sources], int] = lambda sources: 0,
     ) -> Replay:
-        """All steps of an answer of n tokens, with the first template."""
+        """All steps of an answer of n tokens; with the first template unless another is chosen."""
         by_place = ranks.tolist()
         root = 0
         sources: Sources = []
         lengths, candidates = [], []
         while root < len(by_place) - 1:
-            _, _, emitted, next_sources = self.step(by_place, root, sources)
+            _, _, emitted, next_sources = self.step(by_place, root, sources, choose(sources))
             reached = sources[:emitted]
             candidates += [(mask, by_place[place][mask]) for place, mask in reached]
             sources = next_sources

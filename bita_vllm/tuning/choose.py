@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, ranges_of
+from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree_search import Draft, best_templates, evaluate
 from bita_vllm.tuning.cost import StepCost
 
@@ -46,6 +47,7 @@ def choose_ladder(
     context: float = 512.0,
     padded: bool = False,
     budgets: Sequence[int] = BUDGETS,
+    sets: Mapping[int, TemplateSet] | None = None,
     min_gain: float = MIN_GAIN,
     provenance: dict[str, Any] | None = None,
 ) -> tuple[Ladder, list[Choice]]:
@@ -58,36 +60,54 @@ def choose_ladder(
         context: mean context of a request, in tokens.
         padded: blocks always have R rows (GPU), not only those that candidates are there for (CPU).
         budgets: rows of the templates to choose from.
+        sets: by row budget, where blocks are to choose among several trees.
         min_gain: a template has to promise so much more than plain decoding.
         provenance: stored in the ladder.
     """
-    candidates = best_templates(budgets, acceptance)
-    run = evaluate([Draft.of(template) for template in candidates], acceptance)
-    rows = np.array([t.num_rows for t in candidates]) if padded else run.rows
+    found = zip(budgets, best_templates(budgets, acceptance), strict=True)
+    candidates = [(sets or {}).get(budget) or TemplateSet((best,)) for budget, best in found]
+    run = evaluate([Draft.of(one.first) for one in candidates], acceptance)
+    lengths = run.accepted_length * np.array([one.gain for one in candidates])
+    rows = rows_of(candidates, run.rows, padded)
     batch_sizes = range(1, max_batch_size + 1)
     seconds, plain = step_seconds(cost, rows, batch_sizes, context)
-    index, gain = fastest(gains_over_plain(run.accepted_length, seconds, plain), min_gain)
+    index, gain = fastest(gains_over_plain(lengths, seconds, plain), min_gain)
     choices = [
         Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0)
         if i == PLAIN
         else Choice(
             n,
-            candidates[i].num_rows - 1,
-            float(run.accepted_length[i]),
+            candidates[i].first.num_rows - 1,
+            float(lengths[i]),
             float(seconds[i, n - 1]),
             float(gain[n - 1]),
         )
         for n, i in zip(batch_sizes, index.tolist(), strict=True)
     ]
-    templates = {
-        template.num_rows - 1: template
-        for template in candidates
-        if any(choice.width == template.num_rows - 1 for choice in choices)
-    }
-    if not templates:  # plain at every batch size; a ladder names a template even so
-        templates = {candidates[0].num_rows - 1: candidates[0]}
     widths = [choice.width for choice in choices]
-    return Ladder(templates, ranges_of(widths), provenance or {}), choices
+    by_width = {one.first.num_rows - 1: one for one in candidates}
+    # Plain at every batch size: a ladder names a template even so.
+    used = set(widths) - {PLAIN_WIDTH} or {candidates[0].first.num_rows - 1}
+    return (
+        Ladder(
+            {width: by_width[width].first for width in used},
+            ranges_of(widths),
+            provenance or {},
+            {width: by_width[width] for width in used if by_width[width].has_choice},
+        ),
+        choices,
+    )
+
+
+def rows_of(
+    sets: Sequence[TemplateSet],
+    # [T] of each set's first template alone
+    alone: np.ndarray,
+    padded: bool,
+) -> np.ndarray:
+    """`[T]` mean rows of a request in a step. Blocks that choose their tree fill their budget."""
+    full = np.array([one.first.num_rows for one in sets])
+    return np.where([padded or one.has_choice for one in sets], full, alone)
 
 
 def step_seconds(

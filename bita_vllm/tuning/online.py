@@ -15,10 +15,18 @@ import numpy as np
 
 from bita_vllm.adapter_config import AdapterConfig
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
+from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree_search import Draft, acceptance_table, evaluate, padded_drafts
 from bita_vllm.tuning.accounts import Accounts
-from bita_vllm.tuning.choose import MIN_GAIN, PLAIN, fastest, gains_over_plain, step_seconds
+from bita_vllm.tuning.choose import (
+    MIN_GAIN,
+    PLAIN,
+    fastest,
+    gains_over_plain,
+    rows_of,
+    step_seconds,
+)
 from bita_vllm.tuning.cost import MeasuredCost, StepCost
 from bita_vllm.tuning.process import reach_by_depths
 from bita_vllm.tuning.seen_cost import SeenCost
@@ -41,11 +49,12 @@ class Acceptance:
 
     def __init__(
         self,
-        templates: Sequence[Template],
+        sets: Sequence[TemplateSet],
         # [ages, 2, k, ranks]
         expected: np.ndarray,
     ) -> None:
         self.expected = expected
+        templates = [template for one in sets for template in one.templates]
         table = TemplateTable(*templates)
         num_nodes = table.max_nodes
         self._stops = np.zeros((len(table.num_nodes), num_nodes))  # blocks by line and last node
@@ -56,6 +65,12 @@ class Acceptance:
         self._depth = table.depth[self._line, self._node] - 1  # of the prediction: 0 is the first
         self._rank = table.rank[self._line, self._node]
         self._chance = self._expected_chance(templates, table)
+        # Where blocks choose their tree, its nodes are accepted more often than on the whole.
+        lengths = evaluate([Draft.of(one.first) for one in sets], expected).accepted_length
+        gains = np.array([one.gain for one in sets])
+        lift = 1 + lengths * (gains - 1) / np.maximum(lengths - 1, 1e-9)
+        set_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
+        self._chance = np.minimum(self._chance * lift[set_of_line[self._line]], 1.0)
 
     def _expected_chance(self, templates: Sequence[Template], table: TemplateTable) -> np.ndarray:
         """`[drafts]` P(the node is accepted | its parent was, the line)."""
@@ -136,25 +151,29 @@ class WidthPolicy:
             padded: blocks always have R rows (GPU).
             now: seconds on a clock of one's own (the simulator's), otherwise this machine's.
         """
-        templates = [ladder.templates[width] for width in ladder.widths]
+        sets = ladder.template_sets
         self._widths = [*ladder.widths, PLAIN_WIDTH]  # by template, PLAIN last
         named = {width for *_, width in ladder.batch_sizes}
         self._usable = np.array([width in named for width in ladder.widths])
         self._plain_is_usable = PLAIN_WIDTH in named or not padded
-        self._drafts = [Draft.of(template) for template in templates]
+        self._drafts = [Draft.of(one.first) for one in sets]
+        self._gains = np.array([one.gain for one in sets])  # by choosing among the trees of a width
         self._table: list[int] = ladder.lookup(max_num_seqs).tolist()
         self._no_drafts = [PLAIN_WIDTH] * len(self._table)
         self._probe = 0  # plain steps still to see
         self._num_requests = 1  # of the last step
         run = evaluate(self._drafts, acceptance)
-        rows = np.array([t.num_rows for t in templates]) if padded else run.rows
+        rows = rows_of(sets, run.rows, padded)
         sizes = range(1, max_num_seqs + 1)
-        self.acceptance = Acceptance(templates, acceptance)
+        self.acceptance = Acceptance(sets, acceptance)
         self.cost = SeenCost(np.vstack(step_seconds(cost, rows, sizes, context)))
-        num_lines = [template.max_depth + 1 for template in templates]  # as TemplateTable has them
-        self._template_of_line = np.repeat(np.arange(len(templates)), num_lines)
+        self._template_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
         self._rows = rows
-        self._accounts = None if padded else Accounts(TemplateTable(*templates))
+        self._accounts = (
+            None
+            if padded
+            else Accounts(TemplateTable(*(template for one in sets for template in one.templates)))
+        )
         self._set_prices(self.cost.expected)
         self._reviewed = time.monotonic() if now is None else now
 
@@ -206,7 +225,8 @@ class WidthPolicy:
         if now - self._reviewed < REVIEW_SECONDS:
             return False
         self._reviewed = now
-        lengths = evaluate(self._drafts, self.acceptance.estimate()).accepted_length
+        run = evaluate(self._drafts, self.acceptance.estimate())
+        lengths = run.accepted_length * self._gains
         seconds = self.cost.seconds()
         self.acceptance.fade()
         self.cost.fade(FADE)
@@ -239,6 +259,11 @@ class WidthPolicy:
         template = [self._widths.index(width) for width in self._table[1:]]
         of_step = seconds[template, np.arange(seconds.shape[1])] / seconds[PLAIN] - 1
         self._price = np.append(0.0, of_step / np.append(self._rows - 1, 1.0)[template])
+
+
+def lines_of(templates: TemplateSet) -> int:
+    """Lines that a set has in a `TemplateTable`."""
+    return sum(template.max_depth + 1 for template in templates.templates)
 
 
 def policy_of(

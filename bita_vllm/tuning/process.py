@@ -122,12 +122,47 @@ def _settled(
     acceptance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`[S]` states, `[C, S]` their share of the steps in the long run, `[N, C, S]` P(node reached | state)."""
+    next_state = drafts.next_state(acceptance.shape[2])
+    states = np.unique(np.append(0, next_state))  # 0: no candidates
+    reach, move = _chain(drafts, states, next_state, acceptance)
+    for _ in range(NUM_SQUARINGS):
+        move = move @ move
+    return states, move[:, 0], reach  # from no candidates on
+
+
+def state_values(
+    draft: Drafts,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> np.ndarray:
+    """`[2**k]` tokens that decoding with one template gains over time by having a set of predictions, not none.
+
+    The relative values of the chain with tokens as rewards: value(s) = tokens(s) - tokens a step in the long run
+    + value of what comes next.
+    """
+    states = np.arange(1 << acceptance.shape[2])
+    reach, move = _chain(draft, states, draft.next_state(acceptance.shape[2]), acceptance)
+    equations = np.eye(len(states)) - move[0]
+    equations[:, 0] = 1.0  # value(no predictions) is 0; in its place the tokens a step are unknown
+    values = np.linalg.solve(equations, reach[:, 0].sum(axis=0))
+    values[0] = 0.0
+    return values
+
+
+def _chain(
+    drafts: Drafts,
+    # [S] ascending
+    states: np.ndarray,
+    # [C, N], all in `states`
+    next_state: np.ndarray,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[N, C, S]` P(node reached | state), and `[C, S, S]` P(state of the next step | state)."""
     num_drafts, num_nodes = drafts.parent.shape
-    num_masks = acceptance.shape[2]
     line = np.arange(num_drafts)
-    depth, next_state = drafts.depth(), drafts.next_state(num_masks)
-    states, index = np.unique(np.append(0, next_state), return_inverse=True)  # 0: no candidates
-    next_index = index[1:].reshape(next_state.shape)
+    depth = drafts.depth()
+    next_index = np.searchsorted(states, next_state)
     accept = _accept_by_state(states, acceptance)  # [S, 2, k+1, ranks+1]
     rank = np.where(drafts.rank >= 0, drafts.rank, accept.shape[3] - 1)
 
@@ -143,9 +178,7 @@ def _settled(
     move = np.zeros((num_drafts, len(states), len(states)))
     for node in range(num_nodes):
         move[line, :, next_index[:, node]] += stop[node]
-    for _ in range(NUM_SQUARINGS):
-        move = move @ move
-    return states, move[:, 0], reach  # from no candidates on
+    return reach, move
 
 
 def _accept_by_state(

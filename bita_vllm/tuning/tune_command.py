@@ -89,6 +89,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm import config as bita_config
     from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
     from bita_vllm.ladder import LADDER_FILE
+    from bita_vllm.template_set import saved_sets
     from bita_vllm.training.base_model import choose_dtype
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
     from bita_vllm.training.provenance import portable_name, versions
@@ -141,6 +142,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
         MeasuredCost(points),
         args.max_num_seqs,
         padded=on_gpu,
+        sets=saved_sets(config.acceptance),
         provenance=provenance,
     )
     ladder.save(path)
@@ -229,5 +231,5 @@ def _print_table(ladder: Ladder, choices: list[Choice]) -> None:
             )
     console = Console()
     console.print(table)
-    for width in ladder.widths:
-        console.print(ladder.templates[width].describe(), highlight=False)
+    for templates in ladder.template_sets:
+        console.print(templates.describe(), highlight=False)

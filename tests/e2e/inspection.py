@@ -239,7 +239,7 @@ class _Candidates:
             path.insert(0, int(table.rank[line, row]))
             row = int(table.parent[line, row])
         depths = table.depth[line, :num_nodes].max()
-        candidates = self._rng.integers(0, vocab_size, size=(depths, table.max_ranks.max()))
+        candidates = self._rng.integers(0, vocab_size, size=(depths, table.rank.max() + 1))
         for depth, (truth, wrong) in enumerate(zip(follows, candidates, strict=False)):
             wrong[wrong == truth] = (truth + 1) % vocab_size
             if depth < len(path):
@@ -260,15 +260,23 @@ def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
         return propose(self, *args)
 
     def filling(
-        self: NextBlocks, table: TemplateTable, top_tokens: np.ndarray, first_mask_id: int
+        self: NextBlocks,
+        table: TemplateTable,
+        lines: np.ndarray,
+        top_tokens: np.ndarray,
+        first_mask_id: int,
     ) -> Any:
         (runner,) = runners
         candidates = []
-        for request, line in zip(runner.input_batch.req_ids, self.line.tolist(), strict=True):
+        for request, line, depths in zip(
+            runner.input_batch.req_ids, lines.tolist(), self.depths.tolist(), strict=True
+        ):
             state = runner.requests[request]
             follows = continuation(list(state.prompt_token_ids), list(state.output_token_ids))
-            candidates.append(next_candidates(table, line, first_mask_id, follows))
-        return fill(self, table, np.concatenate(candidates), first_mask_id)
+            wanted = next_candidates(table, line, first_mask_id, follows)
+            # A tree of a set may be less deep than there are candidates for.
+            candidates.append(np.pad(wanted, ((0, depths - len(wanted)), (0, 0))))
+        return fill(self, table, lines, np.concatenate(candidates), first_mask_id)
 
     patch.setattr(BitaCPUModelRunner, "propose_draft_token_ids", proposing)
     patch.setattr(NextBlocks, "fill", filling)

@@ -51,13 +51,13 @@ def expected(step):
         lambda nodes, *_: step.targets[nodes],
         step.emitting,
     )
-    upcoming = step.blocks.next_blocks(walk)
+    upcoming = step.blocks.next_blocks(walk, step.blocks.table.max_depth)
     return {
         "tokens": walk.tokens,
         "path": walk.path,
         "num_emitted": walk.num_emitted,
         "last_node": walk.last_node,
-        "next_line": upcoming.line,
+        "next_line": upcoming.depths,
         "mask_rows": upcoming.mask_rows,
     }
 

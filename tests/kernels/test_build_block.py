@@ -71,10 +71,10 @@ def test_blocks_equal_those_of_the_cpu_runner(
     has = np.arange(template.max_depth) < line[:, None]
     logits_rows = np.where(has, generator.integers(0, 9, has.shape), 10**6)
     best = logits[logits_rows[has]].float().topk(template.max_rank).indices.numpy()
-    upcoming = NextBlocks(line=line, mask_rows=np.where(has, logits_rows, -1))
+    upcoming = NextBlocks(depths=line, mask_rows=np.where(has, logits_rows, -1))
     want = [
         block + [PADDING_TOKEN] * (template.num_rows - 1 - len(block))
-        for block in upcoming.fill(table, best, 1000)
+        for block in upcoming.fill(table, line, best, 1000)
     ]
     for function in (build_block, build_block_naive):
         given_ = arguments(table, logits, logits_rows, line, token_dtype)

@@ -74,7 +74,7 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         return targets[nodes]
 
     walk = blocks.walk(tokens, sample, emitting)
-    upcoming = blocks.next_blocks(walk, template)
+    upcoming = blocks.next_blocks(walk, int(table.max_depths[template]))
     assert [step for step, _ in calls] == list(range(len(calls)))
     for request, line in enumerate(blocks.line):
         first, num_nodes = blocks.first_node[request], blocks.num_nodes[request]
@@ -107,7 +107,7 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
                     == blocks.first_row[request] + rows[available]
                 )
                 available += 1
-        assert upcoming.line[request] == table.first_line[template] + available
+        assert upcoming.depths[request] == available
         assert (upcoming.mask_rows[request, available:] == -1).all()
     request, row, place = walk.moves()
     assert all(
@@ -122,12 +122,13 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
     _, blocks, tokens = make_step(table, 3, num_requests=30)
     template = len(table.first_line) - 1
     walk = blocks.walk(tokens, lambda nodes, *_: np.full(len(nodes), 900), np.ones(30, dtype=bool))
-    upcoming = blocks.next_blocks(walk, template)
+    upcoming = blocks.next_blocks(walk, int(table.max_depths[template]))
+    lines = table.first_line[template] + upcoming.depths
     used = upcoming.mask_rows[upcoming.mask_rows >= 0]
-    top_tokens = used[:, None] * 10 + np.arange(table.max_ranks[template])
-    drafts = upcoming.fill(table, top_tokens, FIRST_MASK_ID)
+    top_tokens = used[:, None] * 10 + np.arange(table.rank.max() + 1)
+    drafts = upcoming.fill(table, lines, top_tokens, FIRST_MASK_ID)
     for request, draft in enumerate(drafts):
-        line = upcoming.line[request]
+        line = lines[request]
         assert len(draft) == table.num_rows[line] - 1
         for row, token in enumerate(draft, start=1):
             if row < table.num_nodes[line]:
@@ -139,8 +140,8 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
 
 def test_after_a_plain_step_blocks_have_no_candidates():
     table = TABLES["ladder"]
-    drafts = NextBlocks.without_candidates(table, 2, template=1).fill(
-        table, np.zeros((0, 2), dtype=np.int64), FIRST_MASK_ID
+    drafts = NextBlocks.without_candidates(table, 2).fill(
+        table, table.first_line[[1, 1]], np.zeros((0, 2), dtype=np.int64), FIRST_MASK_ID
     )
     assert drafts == [[FIRST_MASK_ID, FIRST_MASK_ID + 1, FIRST_MASK_ID + 2]] * 2
 

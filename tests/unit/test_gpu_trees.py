@@ -5,14 +5,17 @@ import torch
 
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.mask_lora import MaskRows
+from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template
+from bita_vllm.tree_search import acceptance_table
 
 MAX_REQUESTS = 5
 
 
 @pytest.fixture
 def trees() -> StepTrees:
-    trees = StepTrees([Template.from_text("2,1", 3)], MAX_REQUESTS, torch.device("cpu"))
+    templates = TemplateSet((Template.from_widths([2, 1], 3),))
+    trees = StepTrees([templates], acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
     trees.lora_rows = MaskRows(MAX_REQUESTS * trees.table.num_rows + 1, torch.device("cpu"))
     return trees
 

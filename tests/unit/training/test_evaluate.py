@@ -188,15 +188,15 @@ def test_saved_statistics_choose_the_tree(adapter):
     assert config.acceptance["rank_probability"] == probability
     assert {**config.raw, "acceptance": None} == {**before, "acceptance": None}
     chosen = parse_tree("auto:20", config, config.acceptance)
-    assert chosen.num_rows <= 20
+    assert chosen.first.num_rows <= 20
     assert chosen.describe() == best_template(20, K, statistics).describe()
     assert chosen.describe() != best_template(20, K).describe()
 
 
 def test_tree_forms(adapter, tmp_path):
     config = AdapterConfig.load(adapter)
-    assert parse_tree("3, 2", config, None).num_rows == 24
-    assert parse_tree("auto", config, None).num_rows <= config.speculative_tokens + 1
+    assert parse_tree("3, 2", config, None).first.num_rows == 24
+    assert parse_tree("auto", config, None).first.num_rows <= config.speculative_tokens + 1
     Template.build([(0, 0)], {0: 4}).save(tmp_path / "long.json")
     for spec, message in [
         ("5,4,3,2", "4 depths, but the adapter has 3"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bita_vllm.ladder import Ladder
+from bita_vllm.template_set import TemplateSet
 from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths
 from bita_vllm.training.walk import TreeWalker
 from bita_vllm.tree import Template
@@ -53,7 +54,7 @@ def test_estimate_predicts_the_load_that_was_seen(masks, rows):
     """Expected GOOD, served something else: lengths of that template as they were replayed."""
     expected = statistics(GOOD)
     (template,) = best_templates([rows], expected)
-    tracker = Acceptance([template], expected)
+    tracker = Acceptance([TemplateSet((template,))], expected)
     traces = served(masks)
     replay_into(tracker, template, traces)
     length = long_run_of(template, tracker.estimate()).accepted_length[0]
@@ -64,7 +65,7 @@ def test_estimate_predicts_the_load_that_was_seen(masks, rows):
 def test_evidence_of_one_template_speaks_for_the_others():
     expected = statistics(GOOD)
     small, large = best_templates([8, 32], expected)
-    tracker = Acceptance([small, large], expected)
+    tracker = Acceptance([TemplateSet((small,)), TemplateSet((large,))], expected)
     traces = served(POOR)
     replay_into(tracker, small, traces)  # lines of the first template
     length = long_run_of(large, tracker.estimate()).accepted_length[0]
@@ -77,14 +78,14 @@ def test_evidence_of_one_template_speaks_for_the_others():
 
 def test_nothing_seen_is_what_was_expected():
     expected = statistics(GOOD)
-    tracker = Acceptance([Template.from_widths([5, 4, 3], 3)], expected)
+    tracker = Acceptance([TemplateSet((Template.from_widths([5, 4, 3], 3),))], expected)
     assert tracker.estimate() == pytest.approx(expected)
 
 
 def test_evidence_fades():
     expected = statistics(GOOD)
     template = Template.from_widths([3, 2, 1], 3)
-    tracker = Acceptance([template], expected)
+    tracker = Acceptance([TemplateSet((template,))], expected)
     replay_into(tracker, template, served(POOR))
     seen = long_run_of(template, tracker.estimate()).accepted_length[0]
     for _ in range(100):

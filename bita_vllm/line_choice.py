@@ -1,0 +1,127 @@
+"""Which template of a set a request's next block takes, by how sure the masks are.
+
+A candidate's probability in its mask row stands for its acceptance. So every template of the set promises
+a number of tokens, and the block takes the one that promises most:
+
+    promise = sum over nodes of P(node reached) * worth of the node
+    worth = 1 token + value of the predictions that a walk which stops there goes on with
+                    - value of those that it has when it stops at the parent
+
+Torch, as it runs beside the logits: fixed shapes, no host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bita_vllm.template_set import TemplateSet
+from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree_search import Draft, padded_drafts
+from bita_vllm.tuning.process import state_values
+
+
+class LineChoice:
+    """Chooses among the lines of a table that holds the templates of all sets, set after set."""
+
+    def __init__(
+        self,
+        sets: Sequence[TemplateSet],
+        # [ages, 2, k, ranks]
+        acceptance: np.ndarray,
+        device: torch.device,
+    ) -> None:
+        templates = [template for one in sets for template in one.templates]
+        table = TemplateTable(*templates)
+        num_lines, num_nodes = len(table.num_nodes), table.max_nodes
+        is_draft = table.rank[:, :num_nodes] >= 0
+        parent, depth, rank = (
+            np.where(is_draft, column[:, :num_nodes], 0).astype(np.int64)
+            for column in (table.parent, table.depth, table.rank)
+        )
+        worth = np.zeros((num_lines, num_nodes), dtype=np.float32)
+        most = max(len(one.templates) for one in sets)
+        lines = np.zeros((len(sets), table.max_depth + 1, most), dtype=np.int64)
+        first = 0
+        for index, one in enumerate(sets):
+            value = state_values(
+                padded_drafts([Draft.of(one.first)], one.first.num_nodes), acceptance
+            )
+            # Sets with fewer templates repeat their first one.
+            own = np.full(most, first)
+            own[: len(one.templates)] += np.arange(len(one.templates))
+            depths_of_line = np.minimum(
+                np.arange(table.max_depth + 1)[:, None], table.max_depths[own]
+            )
+            lines[index] = table.first_line[own] + depths_of_line
+            for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
+                for depths in range(template.max_depth + 1):
+                    cut = template.restrict(depths)
+                    worth[start + depths, : cut.num_nodes] = _worth(cut, value)
+            first += len(one.templates)
+        # parent, parent's parent, ...; the root is its own
+        ancestors = np.zeros((max(table.max_depth - 1, 0), num_lines, num_nodes), dtype=np.int64)
+        ancestor = parent
+        for level in range(len(ancestors)):
+            ancestors[level] = ancestor
+            ancestor = np.take_along_axis(parent, ancestor, axis=1)
+        self.lines, self.is_draft, self.worth, self.place, self.rank, self.ancestors = (
+            torch.from_numpy(column).to(device)
+            for column in (
+                lines,  # [sets, max_depth + 1, templates]
+                is_draft,  # [lines, nodes], and the next three
+                worth,
+                np.maximum(depth - 1, 0),
+                rank,
+                ancestors,  # [max_depth - 1, lines, nodes]
+            )
+        )
+
+    def __call__(
+        self,
+        index: int,
+        # [B] int, depths that have candidates, at most those of the set
+        depths: torch.Tensor,
+        # [B, depths of the set or more, its ranks or more] P(candidate of rank r at depth d+1); anything
+        # where there are none
+        probabilities: torch.Tensor,
+        only_first: bool,
+    ) -> torch.Tensor:
+        """`[B]` int64, line of the table for each request's next block, of set `index`, or of its first template."""
+        lines = self.lines[index][depths.long()]  # [B, templates]
+        if only_first:
+            return lines[:, 0]
+        flat = probabilities.flatten(1)[:, None].expand(-1, lines.shape[1], -1)
+        place = self.place[lines] * probabilities.shape[2] + self.rank[lines]
+        accepted = torch.where(self.is_draft[lines], flat.gather(2, place), 1.0)
+        reach = accepted
+        for ancestor in self.ancestors:
+            reach = reach * accepted.gather(2, ancestor[lines])
+        promise = (reach * self.worth[lines]).sum(dim=-1)
+        return lines.gather(1, promise.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def probabilities_of(
+    # [rows, ranks]
+    top: torch.Tensor,
+    # [rows, V]
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """`[rows, ranks]` fp32 probability of each row's top logits."""
+    return (top.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp()
+
+
+def _worth(
+    template: Template,
+    # [2**k]
+    value: np.ndarray,
+) -> np.ndarray:
+    """`[nodes]` tokens that reaching a node brings, now and later."""
+    draft = Draft.of(template)
+    num_masks = len(value).bit_length() - 1
+    state = padded_drafts([draft], len(draft.parent)).next_state(num_masks)[0]
+    worth = 1.0 + value[state]
+    worth[1:] -= value[state[list(draft.parent[1:])]]
+    return worth

@@ -1,0 +1,97 @@
+"""The tree that a block takes is the one that promises most, node by node."""
+
+import numpy as np
+import pytest
+import torch
+
+from bita_vllm.line_choice import LineChoice, probabilities_of
+from bita_vllm.template_set import TemplateSet
+from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree_search import Draft, acceptance_table, padded_drafts
+from bita_vllm.tuning.process import state_values
+
+K, RANKS = 3, 10
+ACCEPTANCE = acceptance_table(None, K)
+BROAD = Template.build([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)], {0: 3, 1: 1})
+DEEP = Template.build([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)], {0: 3, 3: 1})
+LEAN = Template.build([(0, 0)], {0: 3, 1: 3})
+SETS = [TemplateSet((BROAD, DEEP, LEAN)), TemplateSet((Template.from_widths([5, 4, 3], K), DEEP))]
+TABLE = TemplateTable(*(template for one in SETS for template in one.templates))
+CHOICE = LineChoice(SETS, ACCEPTANCE, torch.device("cpu"))
+
+
+def promise(template, first, depths, probabilities):
+    """Row by row: P(reached) and what a walk that stops there brings, predictions for later included."""
+    value = state_values(padded_drafts([Draft.of(first)], first.num_nodes), ACCEPTANCE)
+    cut = template.restrict(depths)
+    state = padded_drafts([Draft.of(cut)], cut.num_nodes).next_state(K)[0]
+    reach = [1.0]
+    for node in range(1, cut.num_nodes):
+        accepted = probabilities[cut.depth[node] - 1, cut.rank[node]]
+        reach.append(reach[cut.parent[node]] * accepted)
+    stop = reach.copy()
+    for node in range(1, cut.num_nodes):
+        stop[cut.parent[node]] -= reach[node]
+    return sum(reach) + sum(s * value[x] for s, x in zip(stop, state, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_line_promises_most(seed):
+    rng = np.random.default_rng(seed)
+    index = seed % 2
+    templates = SETS[index].templates
+    num_requests, deepest = 6, TABLE.max_depth
+    depths = rng.integers(0, deepest + 1, num_requests)
+    probabilities = np.sort(rng.dirichlet([0.2] * 12, (num_requests, deepest)))[..., :1:-1]
+    probabilities = np.ascontiguousarray(probabilities[..., :RANKS], dtype=np.float32)
+    given = probabilities.copy()
+    given[np.arange(deepest) >= depths[:, None]] = np.nan  # no candidates: anything may stand there
+    lines = CHOICE(index, torch.from_numpy(depths), torch.from_numpy(given), only_first=False)
+    first = len(SETS[0].templates) * index
+    for request, line in enumerate(lines.tolist()):
+        promised = [
+            promise(t, SETS[index].first, min(depths[request], t.max_depth), probabilities[request])
+            for t in templates
+        ]
+        own = [
+            TABLE.first_line[first + i] + min(depths[request], t.max_depth)
+            for i, t in enumerate(templates)
+        ]
+        assert promised[own.index(line)] == pytest.approx(max(promised), abs=1e-5)
+
+
+def test_sure_masks_get_a_deep_tree_and_unsure_ones_a_broad_one():
+    sure = torch.zeros(1, 3, RANKS)
+    sure[..., 0] = 0.95
+    unsure = torch.full((1, 3, RANKS), 0.1)
+    depths = torch.tensor([3, 3])
+    deep, broad = CHOICE(0, depths, torch.cat([sure, unsure]), only_first=False).tolist()
+    assert deep == TABLE.first_line[1] + 3
+    assert broad == TABLE.first_line[0] + 2
+
+
+def test_only_the_first_template_where_no_choice_is_wanted():
+    depths = torch.tensor([0, 1, 2, 3])
+    lines = CHOICE(0, depths, torch.full((4, 3, RANKS), torch.nan), only_first=True)
+    assert lines.tolist() == [0, 1, 2, 2]  # BROAD is two deep
+
+
+def test_probabilities_are_those_of_a_softmax():
+    logits = torch.randn(4, 50, dtype=torch.float64).float()
+    top = logits.topk(5)
+    want = logits.double().softmax(-1).gather(1, top.indices)
+    torch.testing.assert_close(probabilities_of(top.values, logits).double(), want)
+
+
+def test_values_of_states_are_what_a_long_simulation_gains():
+    """A step that starts with predictions rather than none, then a thousand more, by the chain itself."""
+    template = Template.from_widths([3, 2], 2)
+    acceptance = acceptance_table({"rank_probability": [[0.5, 0.1, 0.1], [0.3, 0.1, 0.05]]}, 2)
+    draft = padded_drafts([Draft.of(template)], template.num_nodes)
+    value = state_values(draft, acceptance)
+    # By hand: every node has a full group, so every state is followed by {0, 1}, and only this step differs.
+    p, q = np.array([0.5, 0.1, 0.1]), np.array([0.3, 0.1])
+    full = p.sum() + p[0] * q.sum()
+    first_only = p.sum()
+    second_only = q.sum() + 0.05  # one depth, whose three candidates are M2's
+    np.testing.assert_allclose(value, [0.0, first_only, second_only, full], atol=1e-12)

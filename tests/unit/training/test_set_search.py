@@ -1,0 +1,117 @@
+"""Sets are found on answers that are sure in places and unsure in others, and measured as the engine decodes."""
+
+import numpy as np
+import pytest
+
+from bita_vllm.ladder import Ladder
+from bita_vllm.template_set import TemplateSet, saved_sets, set_within
+from bita_vllm.training.evaluate import (
+    NUM_RANKS,
+    Predictions,
+    acceptance_statistics,
+    accepted_lengths,
+    chosen_lengths,
+)
+from bita_vllm.training.set_search import find_set, find_sets
+from bita_vllm.training.walk import NO_RANK
+from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tree_search import acceptance_table, best_template
+
+K = 3
+
+
+def predictions(num_answers=6, answer_len=400, seed=0, two_kinds=True):
+    """Half of the places have masks that are nearly always right and say so, half have flat ones."""
+    rng = np.random.default_rng(seed)
+    found = Predictions([], [])
+    flat = np.full(NUM_RANKS, 0.08)
+    sharp = np.array([0.95, 0.03, *[0.001] * (NUM_RANKS - 2)])
+    for _ in range(num_answers):
+        # Sure and unsure places come in runs, as in text.
+        sure = np.repeat(rng.random(answer_len // 20) < 0.5, 20) & two_kinds
+        probabilities = np.where(sure[:, None, None], sharp, flat).repeat(K, axis=1)
+        draws = rng.random((answer_len, K, 1))
+        ranks = (draws > probabilities.cumsum(axis=2)).sum(axis=2)
+        ranks = np.where(ranks == NUM_RANKS, 1000, ranks).astype(np.int32)
+        for j in range(K):
+            ranks[answer_len - 2 - j :, j] = NO_RANK
+        found.ranks.append(ranks)
+        found.probabilities.append(probabilities.astype(np.float32))
+    return found
+
+
+def mean(lengths):
+    return np.concatenate(lengths).mean()
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return predictions()
+
+
+@pytest.fixture(scope="module")
+def statistics(recorded):
+    return acceptance_statistics(recorded.ranks)
+
+
+def test_a_set_gains_where_confidence_varies(recorded, statistics):
+    table = acceptance_table(statistics, K)
+    found = find_set(best_template(12, K, statistics), table, recorded)
+    other = predictions(seed=1)
+    alone, together = (
+        mean(accepted_lengths(found.first, other.ranks)),
+        mean(chosen_lengths(found, table, other)),
+    )
+    print(f"12 rows, other answers: {alone:.3f} alone, {together:.3f} with {len(found.templates)}")
+    assert found.has_choice
+    assert all(template.num_rows <= 12 for template in found.templates)
+    assert together > 1.05 * alone
+    assert together / alone == pytest.approx(found.gain, abs=0.03)
+
+
+def test_a_set_is_one_tree_where_all_places_are_alike():
+    alike = predictions(two_kinds=False)
+    statistics = acceptance_statistics(alike.ranks)
+    found = find_set(best_template(12, K, statistics), acceptance_table(statistics, K), alike)
+    assert not found.has_choice or found.gain < 1.05
+
+
+def test_one_template_alone_is_replayed_as_before(recorded, statistics):
+    only = TemplateSet((best_template(16, K, statistics),))
+    lengths = chosen_lengths(only, acceptance_table(statistics, K), recorded)
+    assert lengths == accepted_lengths(only.first, recorded.ranks)
+
+
+def test_sets_are_saved_with_the_statistics_and_used_by_budget(recorded, statistics):
+    sets = find_sets(
+        [6, 12], {**statistics}, Predictions(recorded.ranks * 2, recorded.probabilities * 2)
+    )
+    acceptance = {**statistics, "template_sets": sets}
+    assert saved_sets(acceptance)[12].to_dict() == sets["12"]
+    assert set_within(12, K, acceptance).to_dict() == sets["12"]
+    other = set_within(13, K, acceptance)
+    assert not other.has_choice
+    assert other.first.to_dict() == best_template(13, K, statistics).to_dict()
+
+
+def test_few_answers_give_no_sets(statistics):
+    assert find_sets([12], statistics, predictions(num_answers=1)) == {}
+
+
+def test_a_ladder_keeps_its_sets(tmp_path, recorded, statistics):
+    found = find_set(best_template(12, K, statistics), acceptance_table(statistics, K), recorded)
+    ladder = Ladder.fixed(found)
+    ladder.save(tmp_path / "ladder.json")
+    (again,) = Ladder.load(tmp_path / "ladder.json").template_sets
+    assert again.to_dict() == found.to_dict()
+    assert f"one of {len(found.templates) - 1} other trees" in ladder.describe()
+
+
+def test_what_cannot_be_a_set():
+    small, large = Template.from_widths([1], 3), Template.from_widths([2, 1], 3)
+    with pytest.raises(TemplateError, match="first template has 8 rows and another one 16"):
+        TemplateSet((small, large))
+    with pytest.raises(TemplateError, match="gain is 3"):
+        TemplateSet((large, small), 3.0)
+    with pytest.raises(TemplateError, match=r"cannot be read .* run 'bita eval'"):
+        saved_sets({"template_sets": {"8": {"gain": 1.1}}})
