@@ -69,7 +69,8 @@ class BlockSpeculator(BaseSpeculator):
             return self.draft_tokens[:n]
         trees = self.trees
         lines = []
-        for part in parts_of(n, trees.table.max_depth, self.vocab_size):
+        # Choosing among trees takes two fp32 copies of the logits for a moment.
+        for part in parts_of(n, 2 * trees.table.max_depth, self.vocab_size):
             rows, logits_rows = trees.candidate_rows(part, num_speculative_tokens)
             if input_batch.num_draft_tokens:
                 logits = self.compute_logits(last_hidden_states[rows])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample
 from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
-from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tree import Template, TemplateError, TemplateTable
 
 AUTO = "auto"
 NUM_RANKS = 10
@@ -153,23 +154,31 @@ def chosen_lengths(
 ) -> list[list[int]]:
     """As `accepted_lengths`, where each step takes the template that promises most."""
     walker = TreeWalker(*templates.templates)
+    choose = template_choice(templates, acceptance)
+    answers = zip(predictions.ranks, predictions.probabilities, strict=True)
+    return [walker.replay(ranks, partial(choose, given)).lengths for ranks, given in answers]
+
+
+def template_choice(
+    templates: TemplateSet,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> Callable[[np.ndarray, Sources], int]:
+    """(an answer's probabilities, a step's sources) -> which template of the set the engine takes."""
     choice = LineChoice([templates], acceptance, torch.device("cpu"))
-    first_lines = walker.table.first_line
-    found = []
-    for ranks, probabilities in zip(predictions.ranks, predictions.probabilities, strict=True):
-        given = torch.from_numpy(probabilities)
+    first_lines = TemplateTable(*templates.templates).first_line
 
-        def choose(sources: Sources, given: torch.Tensor = given) -> int:
-            sources = sources[: templates.max_depth]
-            if not sources:
-                return 0
-            known = torch.zeros(1, templates.max_depth, given.shape[2])
-            known[0, : len(sources)] = given[tuple(zip(*sources, strict=True))]
-            line = int(choice(0, torch.tensor([len(sources)]), known, only_first=False))
-            return int(np.searchsorted(first_lines, line, side="right")) - 1
+    def choose(given: np.ndarray, sources: Sources) -> int:
+        sources = sources[: templates.max_depth]
+        if not sources:
+            return 0
+        known = np.zeros((1, templates.max_depth, given.shape[2]), dtype=np.float32)
+        known[0, : len(sources)] = given[tuple(zip(*sources, strict=True))]
+        depths = torch.tensor([len(sources)])
+        line = int(choice(0, depths, torch.from_numpy(known), only_first=False))
+        return int(np.searchsorted(first_lines, line, side="right")) - 1
 
-        found.append(walker.replay(ranks, choose).lengths)
-    return found
+    return choose
 
 
 def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from itertools import count
 import numpy as np
 
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
+from bita_vllm.training.evaluate import template_choice
 from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
 from bita_vllm.tree import NO_BLOCK
 from bita_vllm.tuning.cost import StepCost
@@ -23,6 +24,9 @@ from bita_vllm.tuning.online import WidthPolicy
 # Ranks behind the first, given that the first is wrong: as measured for SmolLM2-135M's adapter with deltas
 # (first and second mask alike).
 TAIL = (0.25, 0.11, 0.07, 0.04, 0.04, 0.03, 0.025, 0.02, 0.02)
+
+
+Answer = tuple[list[list[int]], np.ndarray | None]  # ranks, [n][k]; probabilities, if recorded
 
 
 @dataclass(frozen=True)
@@ -59,25 +63,38 @@ def simulate(
     seed: int = 0,
     policy: WidthPolicy | None = None,
     others: Sequence[np.ndarray] = (),
+    probabilities: Sequence[np.ndarray] = (),
+    acceptance: np.ndarray | None = None,
 ) -> Simulated:
     """Serve answers drawn at random until about `num_walks` blocks were walked.
 
     `padded`: blocks always have R rows, as on a GPU. Every answer joins at a random place of its own.
     With `policy` widths follow what it sees of the load, else the ladder's table; it starts at second 0.
     `others`: a second kind of answers, which every second request draws from.
+    `probabilities`, `[n, k, ranks]` for each of `traces`, and the adapter's `acceptance` table: with both, blocks
+    choose among the trees of their width's set; else they have its first one.
     """
     rng = np.random.default_rng(seed)
-    kinds = [[t.tolist() for t in kind if len(t) > 1] for kind in (traces, others) if len(kind)]
-    walker = TreeWalker(*(ladder.templates[w] for w in ladder.widths))
+    given = list(probabilities) + [None] * (len(traces) - len(probabilities))
+    kinds = [
+        [(t.tolist(), p) for t, p in zip(kind, known, strict=True) if len(t) > 1]
+        for kind, known in ((traces, given), (others, [None] * len(others)))
+        if len(kind)
+    ]
+    sets = ladder.template_sets
+    walker = TreeWalker(*(template for one in sets for template in one.templates))
+    first_of_set = np.cumsum([0, *(len(one.templates) for one in sets)]).tolist()
+    choices = [] if acceptance is None else [template_choice(one, acceptance) for one in sets]
     num_rows = walker.table.num_rows.tolist()
     table = ladder.lookup(concurrency).tolist()
 
     names = map(str, count())
 
-    def join(i: int, from_start: bool) -> tuple[str, list[list[int]], int, Sources]:
+    def join(i: int, from_start: bool) -> tuple[str, Answer, int, Sources]:
         answers = kinds[i % len(kinds)]
         answer = answers[rng.integers(len(answers))]
-        return next(names), answer, 0 if from_start else int(rng.integers(len(answer) - 1)), []
+        root = 0 if from_start else int(rng.integers(len(answer[0]) - 1))
+        return next(names), answer, root, []
 
     flight = [join(i, from_start=False) for i in range(concurrency)]
     num_steps = max(10, num_walks // concurrency)
@@ -95,13 +112,17 @@ def simulate(
             emitted: int = 1
             after: Sources = []
             if width != PLAIN_WIDTH and name not in resting:
-                step = walker.step(answer, root, sources, ladder.widths.index(width))
+                index = ladder.widths.index(width)
+                template = first_of_set[index]
+                if choices and answer[1] is not None:
+                    template += choices[index](answer[1], sources)
+                step = walker.step(answer[0], root, sources, template)
                 lines[i], last_nodes[i] = step.line, step.last_node
                 emitted, after = step.emitted, step.sources
                 step_rows += width if padded else num_rows[step.line] - 1
             tokens[i % len(kinds)] += emitted
             root += emitted
-            goes_on = root < len(answer) - 1
+            goes_on = root < len(answer[0]) - 1
             flight[i] = (name, answer, root, after) if goes_on else join(i, from_start=True)
         rows += step_rows
         seconds = cost.seconds(concurrency, step_rows, context)

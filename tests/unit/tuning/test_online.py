@@ -6,10 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from two_kinds import predictions
 
 from bita_vllm.ladder import Ladder
 from bita_vllm.template_set import TemplateSet
-from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths
+from bita_vllm.training.evaluate import (
+    acceptance_statistics,
+    accepted_lengths,
+    template_choice,
+)
+from bita_vllm.training.set_search import find_set
 from bita_vllm.training.walk import TreeWalker
 from bita_vllm.tree import Template
 from bita_vllm.tree_search import acceptance_table, best_templates, long_run_of
@@ -93,6 +99,31 @@ def test_evidence_fades():
     faded = long_run_of(template, tracker.estimate()).accepted_length[0]
     assert faded == pytest.approx(long_run_of(template, expected).accepted_length[0], rel=0.02)
     assert faded > 1.2 * seen
+
+
+@pytest.mark.parametrize("rows", [6, 16])
+def test_blocks_that_choose_their_tree_are_as_long_as_expected(rows):
+    """The choice itself is no news: what comes as expected leaves the expected length, gain included."""
+    seen = predictions(num_answers=12)
+    acceptance = acceptance_table(acceptance_statistics(seen.ranks), 3)
+    templates = find_set(best_templates([rows], acceptance)[0], acceptance, seen)
+    tracker = Acceptance([templates], acceptance)
+    walker, choose = TreeWalker(*templates.templates), template_choice(templates, acceptance)
+    lengths = []
+    other = predictions(num_answers=12, seed=1)
+    for ranks, given in zip(other.ranks, other.probabilities, strict=True):
+        by_place, root, sources = ranks.tolist(), 0, []
+        while root < len(by_place) - 1:
+            step = walker.step(by_place, root, sources, choose(given, sources))
+            tracker.add(np.array([step.line]), np.array([step.last_node]))
+            root, sources = root + step.emitted, step.sources
+            lengths.append(step.emitted)
+    estimate = long_run_of(templates.first, tracker.estimate()).accepted_length[0]
+    print(
+        f"{rows} rows: gain {templates.gain:.3f}, {estimate * templates.gain:.3f} expected, {np.mean(lengths):.3f}"
+    )
+    assert templates.gain > 1.05
+    assert estimate * templates.gain == pytest.approx(np.mean(lengths), rel=0.05)
 
 
 @cache

@@ -1,9 +1,11 @@
 """Accepted length predicted from statistics of some answers, beside replaying others."""
 
 import numpy as np
-from recorded_ranks import recorded_ranks
+import pytest
+from recorded_ranks import recorded_predictions, recorded_ranks
 
-from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths
+from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths, chosen_lengths
+from bita_vllm.training.set_search import find_set
 from bita_vllm.tree import Template
 from bita_vllm.tree_search import acceptance_table, best_templates, long_run_of
 
@@ -28,6 +30,23 @@ def errors(seen, other):
         found[name] = predicted / replayed - 1
         print(f"{name:16} predicted {predicted:.3f} replayed {replayed:.3f} {found[name]:+.1%}")
     return found.values()
+
+
+def test_sets_found_on_some_prompts_gain_on_others():
+    """Trees chosen by confidence: found on the model's own prompts, replayed on MT-Bench."""
+    own, bench = recorded_predictions("own_prompts"), recorded_predictions("mt_bench")
+    acceptance = acceptance_table(acceptance_statistics(own.ranks), 3)
+    budgets = (6, 16, 24)
+    for rows, first in zip(budgets, best_templates(budgets, acceptance), strict=True):
+        found = find_set(first, acceptance, own)
+        alone = np.concatenate(accepted_lengths(first, bench.ranks)).mean()
+        together = np.concatenate(chosen_lengths(found, acceptance, bench)).mean()
+        print(
+            f"{rows:2} rows: {alone:.3f} alone, {together:.3f} by choice among {len(found.templates)}, "
+            f"{together / alone - 1:+.1%}; expected {found.gain - 1:+.1%}"
+        )
+        assert together > 1.02 * alone
+        assert together / alone == pytest.approx(found.gain, abs=0.03)
 
 
 def test_predicted_accepted_length_is_the_replayed_one():
