@@ -79,7 +79,12 @@ def check_sleep_keeps_the_tables(runner) -> None:
     """vLLM's level 2 keeps buffers of the model only."""
     kept = {buffer.data_ptr() for buffer in runner.model.buffers()}
     trees = runner.model_state.trees
-    tensors = [t for o in (trees, trees.table) for t in vars(o).values() if torch.is_tensor(t)]
+    tensors = [
+        t
+        for o in (trees, trees.table, trees.choice)
+        for t in vars(o).values()
+        if torch.is_tensor(t)
+    ]
     assert len(tensors) > 20 and {t.data_ptr() for t in tensors} <= kept
     for context in runner.compilation_config.static_forward_context.values():
         assert {context.impl.prompt_keys.data_ptr(), context.impl.prompt_values.data_ptr()} <= kept
@@ -130,7 +135,7 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
     if drafts == "oracle":
         adapter = adapter_with_deltas
     else:
-        limit = "bita_vllm.runner.gpu.get_max_chunk_logits"
+        limit = "bita_vllm.runner.gpu_speculator.get_max_chunk_logits"
         monkeypatch.setattr(limit, lambda vocab_size: 13)
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}

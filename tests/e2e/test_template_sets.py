@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from e2e.device_reads import device_reads
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
 from e2e.inspection import recorded_steps
 from transformers import AutoModelForCausalLM
@@ -58,8 +61,10 @@ def test_steps_are_those_of_the_replay(case):
     model, bita = case
     asked = requests(temperature=0)
     plain = run(model, asked)
-    with recorded_steps() as steps, engine(model, bita) as llm:
+    watched = device_reads() if ON_GPU_RUNNER else nullcontext([])
+    with recorded_steps() as steps, engine(model, bita) as llm, watched as reads:
         outputs = generate(llm, asked)
+    assert not reads, "the host waits for the device"
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     assert tokens == [list(output.outputs[0].token_ids) for output in plain]
 
