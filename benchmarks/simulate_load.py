@@ -9,6 +9,7 @@ that machine, not what a server was measured at. EAGLE-3's figures beside them a
 import argparse
 import csv
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import numpy as np
 from cpu_throughput import RESULTS, ROOT, rounded, table
 from provenance import provenance
 
+from bita_vllm.adapter import AdapterConfig
 from bita_vllm.ladder import Ladder
-from bita_vllm.training.evaluate import acceptance_statistics
+from bita_vllm.template_set import TemplateSet, saved_sets
+from bita_vllm.training.evaluate import Predictions, acceptance_statistics
 from bita_vllm.tree import Template
 from bita_vllm.tree_search import acceptance_table
 from bita_vllm.tuning.choose import choose_ladder
@@ -26,9 +29,11 @@ from bita_vllm.tuning.cost import H100_8B
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 sys.path.append(str(ROOT / "tests"))
-from recorded_ranks import recorded_ranks
+from recorded_ranks import recorded_predictions, recorded_ranks
 
 CONCURRENCIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+SMOLLM2 = "SmolLM2-135M"  # the shipped adapter's acceptance
+ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
 EAGLE_3 = {1: 2.36, 8: 1.62, 16: 1.48, 64: 1.38}
 MASKS_8B = (0.6, 0.4, 0.28)
 FIXED = {
@@ -37,19 +42,27 @@ FIXED = {
 }
 
 
-def acceptance(name: str, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def acceptance(name: str, seed: int) -> tuple[list[np.ndarray], Predictions]:
     """Answers that the ladder is chosen by, answers that it serves."""
-    if name == "SmolLM2-135M":
-        return recorded_ranks("own_prompts"), recorded_ranks("mt_bench")
+    if name == SMOLLM2:
+        return recorded_ranks("own_prompts"), recorded_predictions("mt_bench")
     traces = synthetic_traces(MASKS_8B, 160, 256, seed)
-    return traces[::2], traces[1::2]
+    return traces[::2], Predictions(traces[1::2], [])
 
 
-def arms(seen: list[np.ndarray], context: int, num_masks: int) -> tuple[dict[str, Ladder], str]:
-    statistics = acceptance_table(acceptance_statistics(seen), num_masks)
-    auto, _ = choose_ladder(statistics, H100_8B, CONCURRENCIES[-1], context=context, padded=True)
+def arms(name: str, statistics: np.ndarray, context: int) -> tuple[dict[str, Ladder], str]:
+    """Ladders by arm. Made-up answers have no confidence to choose trees by."""
+
+    def chosen(sets: Mapping[int, TemplateSet]) -> Ladder:
+        most = CONCURRENCIES[-1]
+        return choose_ladder(statistics, H100_8B, most, context=context, padded=True, sets=sets)[0]
+
+    auto = {"auto": chosen({})}
+    if name == SMOLLM2:
+        sets = saved_sets(AdapterConfig.load(ADAPTER).acceptance)
+        auto = {"auto": chosen(sets), "auto, one tree a width": auto["auto"]}
     fixed = {name: Ladder.fixed(template) for name, template in FIXED.items()}
-    return {"auto": auto, **fixed}, auto.describe()
+    return {**auto, **fixed}, auto["auto"].describe()
 
 
 def plot(path: Path, series: dict[tuple[str, str], list[float]]) -> None:
@@ -100,15 +113,17 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     series: dict[tuple[str, str], list[float]] = {}
-    for name in ("SmolLM2-135M", "8B-like"):
+    for name in (SMOLLM2, "8B-like"):
         seen, served = acceptance(name, args.seed)
-        ladders, text = arms(seen, args.context, len(MASKS_8B))
+        statistics = acceptance_table(acceptance_statistics(seen), len(MASKS_8B))
+        ladders, text = arms(name, statistics, args.context)
         print(f"{name}: {text}")
         for arm, ladder in ladders.items():
             for n in CONCURRENCIES:
                 result = simulate(
-                    ladder, served, H100_8B, n, context=args.context, padded=True,
-                    num_walks=args.walks, seed=args.seed,
+                    ladder, served.ranks, H100_8B, n, context=args.context, padded=True,
+                    num_walks=args.walks, seed=args.seed, probabilities=served.probabilities,
+                    acceptance=statistics,
                 )  # fmt: skip
                 series.setdefault((name, arm), []).append(result.ratio)
                 rows.append(

@@ -62,7 +62,11 @@ def add_parser(subparsers: Any) -> None:
         help="of the base model, as 'bita train' (default: auto)",
     )
     add("--engine-args", default="{}", metavar="JSON", help="more arguments for vLLM's LLM class")
-    add("--no-save", action="store_true", help="leave the adapter's config as it is")
+    add(
+        "--no-save",
+        action="store_true",
+        help="leave the adapter's config as it is, and choose trees by the statistics that it has",
+    )
     add("--csv", type=Path, help="write a table with one row a tree")
     add("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run)
@@ -158,8 +162,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "model": portable_name(model),
         "data": portable_name(args.data or args.prompts),
     }
-    budgets = {*BUDGETS, config.speculative_tokens + 1, *filter(None, map(budget_of, trees))}
-    acceptance["template_sets"] = find_sets(budgets, acceptance, predictions)
+    if args.no_save and config.acceptance:
+        acceptance = config.acceptance
+    else:
+        budgets = {*BUDGETS, config.speculative_tokens + 1, *filter(None, map(budget_of, trees))}
+        acceptance["template_sets"] = find_sets(budgets, acceptance, predictions)
     table = acceptance_table(acceptance, config.num_mask_tokens)
     chosen = {tree: parse_tree(tree, config, acceptance) for tree in trees}
     if not args.no_save:

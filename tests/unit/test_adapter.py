@@ -89,6 +89,7 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
                 *[["human.jsonl"]] * 2,
                 ["mixed.jsonl", "own4.jsonl"],
                 ["unseen_mixed.jsonl", "unseen_own4.jsonl"],
+                ["own6.jsonl", "mixed.jsonl", "own4.jsonl"],
             ],
         ),
         ("smollm2-135m-instruct-no-deltas", None, [["human.jsonl", "own.jsonl"]]),
