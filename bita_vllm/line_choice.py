@@ -46,9 +46,6 @@ class LineChoice:
         lines = np.zeros((len(sets), table.max_depth + 1, most), dtype=np.int64)
         first = 0
         for index, one in enumerate(sets):
-            value = state_values(
-                padded_drafts([Draft.of(one.first)], one.first.num_nodes), acceptance
-            )
             # Sets with fewer templates repeat their first one.
             own = np.full(most, first)
             own[: len(one.templates)] += np.arange(len(one.templates))
@@ -56,6 +53,8 @@ class LineChoice:
                 np.arange(table.max_depth + 1)[:, None], table.max_depths[own]
             )
             lines[index] = table.first_line[own] + depths_of_line
+            draft = padded_drafts([Draft.of(one.first)], one.first.num_nodes)
+            value = state_values(draft, acceptance)
             for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
                 for depths in range(template.max_depth + 1):
                     cut = template.restrict(depths)

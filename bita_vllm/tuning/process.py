@@ -144,7 +144,8 @@ def state_values(
     reach, move = _chain(draft, states, draft.next_state(acceptance.shape[2]), acceptance)
     equations = np.eye(len(states)) - move[0]
     equations[:, 0] = 1.0  # value(no predictions) is 0; in its place the tokens a step are unknown
-    values = np.linalg.solve(equations, reach[:, 0].sum(axis=0))
+    # Least squares: statistics in which a candidate is always right may leave states without a way to each other.
+    values = np.linalg.lstsq(equations, reach[:, 0].sum(axis=0))[0]
     values[0] = 0.0
     return values
 
@@ -164,7 +165,8 @@ def _chain(
     depth = drafts.depth()
     next_index = np.searchsorted(states, next_state)
     accept = _accept_by_state(states, acceptance)  # [S, 2, k+1, ranks+1]
-    rank = np.where(drafts.rank >= 0, drafts.rank, accept.shape[3] - 1)
+    last = accept.shape[3] - 1  # padding, and ranks that the statistics do not reach
+    rank = np.where(drafts.rank >= 0, np.minimum(drafts.rank, last), last)
 
     reach = np.zeros((num_nodes, num_drafts, len(states)))
     reach[0] = 1.0

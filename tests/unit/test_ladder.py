@@ -81,6 +81,9 @@ def test_mask_groups_must_fit_the_adapter():
         ({"templates": [{"nodes": [[4, 0]], "groups": {"0": 1}}]}, "node 1 has parent 4"),
         ({"templates": [CHAIN.to_dict()] * 2}, "two templates of one width"),
         ({"templates": 3}, "cannot be read"),
+        ({"choices": {"3": {"templates": []}}}, "cannot be read"),
+        ({"choices": {"3": {"gain": 1, "templates": []}}}, "has 0 templates"),
+        ({"choices": {"9": {"gain": 1, "templates": [CHAIN.to_dict()]}}}, "under width 9 begins"),
     ],
 )
 def test_a_damaged_file_is_refused(change, message, tmp_path):

@@ -95,3 +95,9 @@ def test_values_of_states_are_what_a_long_simulation_gains():
     first_only = p.sum()
     second_only = q.sum() + 0.05  # one depth, whose three candidates are M2's
     np.testing.assert_allclose(value, [0.0, first_only, second_only, full], atol=1e-12)
+
+
+def test_candidates_that_are_always_right_leave_a_choice():
+    certain = acceptance_table({"rank_probability": [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]}, K)
+    choice = LineChoice(SETS, certain, torch.device("cpu"))
+    assert bool(choice.worth.isfinite().all())
