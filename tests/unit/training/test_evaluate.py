@@ -16,6 +16,7 @@ from bita_vllm.training.evaluate import (
     NUM_RANKS,
     acceptance_statistics,
     accepted_lengths,
+    answer_predictions,
     answer_ranks,
     conditional_counts,
     mask_accuracy,
@@ -98,11 +99,12 @@ def test_left_over_candidates_serve_where_a_node_has_no_group():
 
 
 def test_ranks_beside_all_logits(model, adapter):
-    """answer_ranks against sorting the logits of `mask_logits`, chunks and answer's end included."""
+    """Ranks and probabilities against sorting the logits of `mask_logits`, chunks and answer's end included."""
     rng = np.random.default_rng(1)
     sample = Sample(*(rng.integers(3, VOCAB_SIZE, n).tolist() for n in (5, 17)))
     mask_model = MaskModel.from_adapter(load(model), adapter)
-    (ranks,) = answer_ranks(mask_model, [sample], 10**6, chunk_groups=4)
+    predictions = answer_predictions(mask_model, [sample], 10**6, chunk_groups=4)
+    (ranks,), (probabilities,) = predictions.ranks, predictions.probabilities
     ids = sample.prompt_ids + sample.answer_ids
     with torch.no_grad():
         context = mask_model.context(torch.tensor([ids]))
@@ -114,6 +116,9 @@ def test_ranks_beside_all_logits(model, adapter):
                 assert ranks[i, j] == order.index(sample.answer_ids[i + 2 + j])
             else:
                 assert ranks[i, j] == NO_RANK
+    best = logits[:15].softmax(-1).sort(descending=True).values[..., :NUM_RANKS]
+    np.testing.assert_allclose(probabilities[:15], best, rtol=1e-5)
+    assert not probabilities[15:].any()
 
 
 def test_max_positions_ends_before_the_sample_that_would_exceed_it(model, adapter):
