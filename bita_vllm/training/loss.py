@@ -119,7 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
             divergence = torch.zeros_like(cross_entropy)
             if distill > 0:
                 base, negative_entropy = _base_probs(model, base_hidden, teacher[part])
-                divergence = negative_entropy - torch.einsum("rv,rv->r", base, log_probs)
+                divergence = negative_entropy - (base * log_probs).sum(dim=-1)
             total += (((1 - distill) * cross_entropy + distill * divergence) * row_weights).sum()
             # Slope of both terms at the scores: the mask's probabilities less those it is to have.
             slope = log_probs.exp_()
@@ -149,5 +149,5 @@ def _base_probs(
     distinct, index = teacher.unique(return_inverse=True)
     log_probs = at_least_float32(model.logits(base_hidden[distinct])).log_softmax(dim=-1)
     probs = log_probs.exp()
-    negative_entropy = torch.einsum("rv,rv->r", probs, log_probs)
+    negative_entropy = log_probs.mul_(probs).sum(dim=-1)
     return probs[index], negative_entropy[index]
