@@ -29,6 +29,7 @@ from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapte
 from bita_vllm.ladder import Ladder
 from bita_vllm.machine import cpu_name
 from bita_vllm.row_options import ConfigError, choose_ladder
+from bita_vllm.template_set import templates_of
 from bita_vllm.tree import Template
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class BitaSettings:
     @property
     def templates(self) -> tuple[Template, ...]:
         """Every template that blocks are made from, by width, each width's first one first."""
-        return tuple(template for one in self.ladder.template_sets for template in one.templates)
+        return templates_of(self.ladder.template_sets)
 
     @property
     def max_depth(self) -> int:

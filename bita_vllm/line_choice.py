@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from bita_vllm.template_set import TemplateSet
-from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.template_set import TemplateSet, templates_of
+from bita_vllm.tree import TemplateTable
 from bita_vllm.tree_search import Draft, padded_drafts
-from bita_vllm.tuning.process import state_values
+from bita_vllm.tuning.process import node_worth, state_values
 
 
 class LineChoice:
@@ -33,8 +33,7 @@ class LineChoice:
         acceptance: np.ndarray,
         device: torch.device,
     ) -> None:
-        templates = [template for one in sets for template in one.templates]
-        table = TemplateTable(*templates)
+        table = TemplateTable(*templates_of(sets))
         num_lines, num_nodes = len(table.num_nodes), table.max_nodes
         is_draft = table.rank[:, :num_nodes] >= 0
         parent, depth, rank = (
@@ -56,9 +55,12 @@ class LineChoice:
             draft = padded_drafts([Draft.of(one.first)], one.first.num_nodes)
             value = state_values(draft, acceptance)
             for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
-                for depths in range(template.max_depth + 1):
-                    cut = template.restrict(depths)
-                    worth[start + depths, : cut.num_nodes] = _worth(cut, value)
+                whole = node_worth(padded_drafts([Draft.of(template)], template.num_nodes), value)
+                for depths in range(
+                    template.max_depth + 1
+                ):  # a restricted template keeps the order
+                    kept = template.depth[: template.num_nodes] <= depths
+                    worth[start + depths, : kept.sum()] = whole[0, kept]
             first += len(one.templates)
         # parent, parent's parent, ...; the root is its own
         ancestors = np.zeros((max(table.max_depth - 1, 0), num_lines, num_nodes), dtype=np.int64)
@@ -110,17 +112,3 @@ def probabilities_of(
 ) -> torch.Tensor:
     """`[rows, ranks]` fp32 probability of each row's top logits."""
     return (top.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp()
-
-
-def _worth(
-    template: Template,
-    # [2**k]
-    value: np.ndarray,
-) -> np.ndarray:
-    """`[nodes]` tokens that reaching a node brings, now and later."""
-    draft = Draft.of(template)
-    num_masks = len(value).bit_length() - 1
-    state = padded_drafts([draft], len(draft.parent)).next_state(num_masks)[0]
-    worth = 1.0 + value[state]
-    worth[1:] -= value[state[list(draft.parent[1:])]]
-    return worth

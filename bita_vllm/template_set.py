@@ -7,7 +7,7 @@ Where the masks are sure of themselves a deep, narrow tree is worth most, where 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,11 @@ class TemplateSet:
         """For logs."""
         more = len(self.templates) - 1
         return self.first.describe() + (f"; or one of {more} other trees" if more else "")
+
+
+def templates_of(sets: Iterable[TemplateSet]) -> tuple[Template, ...]:
+    """All templates, set after set: the order of a `TemplateTable` of sets."""
+    return tuple(template for one in sets for template in one.templates)
 
 
 def saved_sets(acceptance: Mapping[str, Any] | None) -> dict[int, TemplateSet]:

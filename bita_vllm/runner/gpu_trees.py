@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.mask_lora import MaskRows
-from bita_vllm.template_set import TemplateSet
+from bita_vllm.template_set import TemplateSet, templates_of
 from bita_vllm.tree import TemplateTable
 
 
@@ -48,7 +48,7 @@ class StepTrees:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
-        lines = TemplateTable(*(template for one in sets for template in one.templates))
+        lines = TemplateTable(*templates_of(sets))
         self.table = table = TreeTable.of(lines, device)
         self.choice = LineChoice(sets, acceptance, device)
         # by the number of draft tokens, as vLLM counts a width

@@ -17,7 +17,7 @@ from bita_vllm.training.evaluate import Predictions, accepted_lengths, chosen_le
 from bita_vllm.training.walk import Sources, TreeWalker
 from bita_vllm.tree import Template
 from bita_vllm.tree_search import Draft, acceptance_table, best_templates, padded_drafts
-from bita_vllm.tuning.process import state_values
+from bita_vllm.tuning.process import node_worth, state_values
 
 MIN_TOKENS = 4000  # of answers
 NUM_TEMPLATES = 8
@@ -119,17 +119,16 @@ def promises(
     """`[C, N]` tokens that each draft promises in each block, now and later."""
     num_nodes = max(len(draft.parent) for draft in drafts)
     padded = padded_drafts(drafts, num_nodes)
-    depth, state = padded.depth(), padded.next_state(len(value).bit_length() - 1)
+    depth, worth = padded.depth(), node_worth(padded, value)
     rank = np.where(padded.rank >= 0, padded.rank, blocks.shape[1] - 1)
     line = np.arange(len(drafts))
     reach = np.zeros((num_nodes, len(drafts), blocks.shape[2]), dtype=np.float32)
     reach[0] = 1.0
-    total = np.repeat(1.0 + value[state[:, 0], None], blocks.shape[2], axis=1)
+    total = np.repeat(worth[:, :1], blocks.shape[2], axis=1)
     for node in range(1, num_nodes):
         parent = padded.parent[:, node]
         reach[node] = reach[parent, line] * blocks[depth[:, node], rank[:, node]]
-        worth = 1.0 + value[state[:, node]] - value[state[line, parent]]
-        total += reach[node] * worth[:, None]
+        total += reach[node] * worth[:, node, None]
     return total
 
 

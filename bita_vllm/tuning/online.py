@@ -15,7 +15,7 @@ import numpy as np
 
 from bita_vllm.adapter_config import AdapterConfig
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
-from bita_vllm.template_set import TemplateSet
+from bita_vllm.template_set import TemplateSet, templates_of
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree_search import Draft, acceptance_table, evaluate, padded_drafts
 from bita_vllm.tuning.accounts import Accounts
@@ -54,7 +54,7 @@ class Acceptance:
         expected: np.ndarray,
     ) -> None:
         self.expected = expected
-        templates = [template for one in sets for template in one.templates]
+        templates = templates_of(sets)
         table = TemplateTable(*templates)
         num_nodes = table.max_nodes
         self._stops = np.zeros((len(table.num_nodes), num_nodes))  # blocks by line and last node
@@ -169,11 +169,7 @@ class WidthPolicy:
         self.cost = SeenCost(np.vstack(step_seconds(cost, rows, sizes, context)))
         self._template_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
         self._rows = rows
-        self._accounts = (
-            None
-            if padded
-            else Accounts(TemplateTable(*(template for one in sets for template in one.templates)))
-        )
+        self._accounts = None if padded else Accounts(TemplateTable(*templates_of(sets)))
         self._set_prices(self.cost.expected)
         self._reviewed = time.monotonic() if now is None else now
 

@@ -150,6 +150,21 @@ def state_values(
     return values
 
 
+def node_worth(
+    drafts: Drafts,
+    # [2**k] of `state_values`
+    value: np.ndarray,
+) -> np.ndarray:
+    """`[C, N]` tokens that reaching a node brings: one, and what its predictions are worth over its parent's.
+
+    The root's parent has none.
+    """
+    value_at = value[drafts.next_state(len(value).bit_length() - 1)]
+    worth = 1.0 + value_at
+    worth[:, 1:] -= np.take_along_axis(value_at, drafts.parent[:, 1:], axis=1)
+    return worth
+
+
 def _chain(
     drafts: Drafts,
     # [S] ascending

@@ -15,6 +15,7 @@ from itertools import count
 import numpy as np
 
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
+from bita_vllm.template_set import templates_of
 from bita_vllm.training.evaluate import template_choice
 from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
 from bita_vllm.tree import NO_BLOCK
@@ -82,9 +83,12 @@ def simulate(
         if len(kind)
     ]
     sets = ladder.template_sets
-    walker = TreeWalker(*(template for one in sets for template in one.templates))
+    walker = TreeWalker(*templates_of(sets))
     first_of_set = np.cumsum([0, *(len(one.templates) for one in sets)]).tolist()
-    choices = [] if acceptance is None else [template_choice(one, acceptance) for one in sets]
+    choices = [
+        template_choice(one, acceptance) if acceptance is not None and one.has_choice else None
+        for one in sets
+    ]
     num_rows = walker.table.num_rows.tolist()
     table = ladder.lookup(concurrency).tolist()
 
@@ -114,8 +118,9 @@ def simulate(
             if width != PLAIN_WIDTH and name not in resting:
                 index = ladder.widths.index(width)
                 template = first_of_set[index]
-                if choices and answer[1] is not None:
-                    template += choices[index](answer[1], sources)
+                choose = choices[index]
+                if choose is not None and answer[1] is not None:
+                    template += choose(answer[1], sources)
                 step = walker.step(answer[0], root, sources, template)
                 lines[i], last_nodes[i] = step.line, step.last_node
                 emitted, after = step.emitted, step.sources

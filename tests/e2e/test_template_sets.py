@@ -37,7 +37,6 @@ TEMPLATES = TemplateSet(
 
 @pytest.fixture(scope="module")
 def case(tiny_model, tmp_path_factory):
-    """A model whose output head is steep, so that masks are sure in some places and not in others."""
     small = {"num_hidden_layers": 1, "num_key_value_heads": 1} if ON_GPU_RUNNER else {}
     model = tiny_model("llama", vocab_size=VOCAB_SIZE, **{"num_hidden_layers": 2, **small})
     folder = tmp_path_factory.mktemp("sets")

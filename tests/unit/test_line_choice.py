@@ -83,8 +83,7 @@ def test_probabilities_are_those_of_a_softmax():
     torch.testing.assert_close(probabilities_of(top.values, logits).double(), want)
 
 
-def test_values_of_states_are_what_a_long_simulation_gains():
-    """A step that starts with predictions rather than none, then a thousand more, by the chain itself."""
+def test_values_of_states_by_hand():
     template = Template.from_widths([3, 2], 2)
     acceptance = acceptance_table({"rank_probability": [[0.5, 0.1, 0.1], [0.3, 0.1, 0.05]]}, 2)
     draft = padded_drafts([Draft.of(template)], template.num_nodes)
