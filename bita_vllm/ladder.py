@@ -65,7 +65,8 @@ class Ladder:
                     f"its width is its rows less the root, {template.num_rows - 1}."
                 )
         for width, choice in self.choices.items():
-            if width not in self.templates or choice.first.num_rows - 1 != width:
+            first = self.templates.get(width)
+            if first is None or choice.first.to_dict() != first.to_dict():
                 raise LadderError(
                     f"Ladder: the template set under width {width} begins with a template of {choice.first.num_rows} "
                     "rows; it must begin with the template of that width."
