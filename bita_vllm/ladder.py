@@ -65,8 +65,8 @@ class Ladder:
                     f"its width is its rows less the root, {template.num_rows - 1}."
                 )
         for width, choice in self.choices.items():
-            first = self.templates.get(width)
-            if first is None or choice.first.to_dict() != first.to_dict():
+            of_width = self.templates.get(width)
+            if of_width is None or choice.first.to_dict() != of_width.to_dict():
                 raise LadderError(
                     f"Ladder: the template set under width {width} begins with a template of {choice.first.num_rows} "
                     "rows; it must begin with the template of that width."
