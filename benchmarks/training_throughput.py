@@ -111,7 +111,7 @@ def measure(way: str, case: str, args: dict[str, Any]) -> dict[str, Any]:
     def mask_rows_only() -> torch.Tensor:
         context = model.context(batch.input_ids)
         hidden = model.mask_hidden(context, batch.roots)
-        return mask_loss(model, context, hidden, batch, weights, num_rows, 1.0, 256).loss
+        return mask_loss(model, context, hidden, batch, weights, num_rows, 1.0, 0.0, 256).loss
 
     def full_mask() -> torch.Tensor:
         lora = model.lora

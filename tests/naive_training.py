@@ -72,15 +72,19 @@ def loss(
     targets: torch.Tensor,  # [B, G, k], -100 for none
     row_weights: torch.Tensor,  # [k]
     distill: float,
+    reach_power: float = 0.0,
 ) -> torch.Tensor:
-    """Weighted mean over rows of (1 - distill) * CE + distill * KL."""
+    """Weighted mean over rows of (1 - distill) * CE + distill * KL, times the chance of each row's chain ** reach_power."""
     b, g, j = (targets != -100).nonzero(as_tuple=True)
     rows = mask_logits[b, g, j].log_softmax(-1)
     own = token_logits[b, roots[b, g] + 1 + j].detach().log_softmax(-1)
     cross_entropy = F.nll_loss(rows, targets[b, g, j], reduction="none")
     divergence = (own.exp() * (own - rows)).sum(-1)
     losses = (1 - distill) * cross_entropy + distill * divergence
-    return (row_weights[j] * losses).sum() / row_weights[j].sum()
+    chance = torch.ones(targets.shape, dtype=rows.dtype)
+    chance[b, g, j] = (-cross_entropy.detach()).exp()
+    counts = chance.cumprod(dim=2)[b, g, j] ** reach_power
+    return (row_weights[j] * counts * losses).sum() / row_weights[j].sum()
 
 
 def attention(

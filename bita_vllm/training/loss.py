@@ -1,8 +1,12 @@
 """What mask rows are trained to: the text's own token, and the base model's own distribution.
 
-    loss of a row of Mj = w_j * ((1 - distill) * CE(token at p+1+j) + distill * KL(base || mask))
+    loss of a row of Mj = w_j * r_j * ((1 - distill) * CE(token at p+1+j) + distill * KL(base || mask))
 
-where the base's distribution for that position is its own, one token earlier (position p+j).
+where the base's distribution for that position is its own, one token earlier (position p+j), and r_j says how much
+of the accepted length may come from that row: (c_1 ... c_j) ** reach_power, c_i the probability that Mi gives to the
+text's token, without gradient. KL alone spends most of its slope on tokens that no mask will ever guess, and on rows
+behind them; with power 1 the slope of CE is that of the accepted length of sampled chains, c_1 + c_1 c_2 + ..., cut
+off behind the row (compare LK losses, arXiv 2602.23881, and generalised cross-entropy, arXiv 1805.07836).
 Logits are as wide as the vocabulary, so they exist for one chunk of rows at a time: the gradient at
 the rows' hidden states is taken chunk by chunk in the forward pass and only kept, scaled, for the
 backward pass.
@@ -63,13 +67,15 @@ def mask_loss(
     weights: torch.Tensor,
     weight_sum: float,
     distill: float,
+    reach_power: float,
     chunk_rows: int,
 ) -> LossResult:
-    """Loss and statistics of a batch; `distill` in 0..1 is the share of KL against CE."""
+    """Loss and statistics of a batch; `distill` in 0..1 is the share of KL against CE, `reach_power` 0 or more."""
     num_masks = hidden.shape[2]
     valid = batch.targets != IGNORED  # [B, G, k]
     sequence, group, place = valid.nonzero(as_tuple=True)  # each [rows]
-    # Base and masks of one place in the text lie side by side, so a chunk needs few base rows.
+    # Base and masks of one place in the text lie side by side, so a chunk needs few base rows; and a group's masks
+    # come in their order, so what a row counts is known when it is reached.
     length = context.hidden.shape[1]
     teacher_place = sequence * length + batch.roots[sequence, group] + place + 1
     order = teacher_place.argsort(stable=True)
@@ -81,9 +87,11 @@ def mask_loss(
         context.hidden.flatten(0, 1),
         teacher_place[order],
         batch.targets[sequence, group, place],
+        sequence * hidden.shape[1] + group,
         place,
         weights.to(hidden.device) / weight_sum,
         distill,
+        reach_power,
         chunk_rows,
         statistics,
     )
@@ -99,23 +107,29 @@ class _ChunkedLoss(torch.autograd.Function):
         base_hidden: torch.Tensor,  # [B*T, H]
         teacher: torch.Tensor,  # [rows], ascending indices into base_hidden
         targets: torch.Tensor,  # [rows]
+        group: torch.Tensor,  # [rows], from 0
         place: torch.Tensor,  # [rows], mask index from 0
         weights: torch.Tensor,  # [k]
         distill: float,
+        reach_power: float,
         chunk_rows: int,
         statistics: torch.Tensor,  # [4, k], added to
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=statistics.dtype, device=rows.device)
         grad = torch.empty_like(rows)
+        log_chances = statistics.new_zeros(len(rows), statistics.shape[1])  # [groups, k]
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
-            target, row_weights = targets[part], weights[place[part]]
+            target = targets[part]
             with torch.enable_grad():
                 chunk = rows[part].detach().requires_grad_()
                 scores = at_least_float32(model.logits(chunk))
             correct = (scores.detach().argmax(dim=-1) == target).float()
             log_probs = scores.detach().log_softmax(dim=-1)
             cross_entropy = F.nll_loss(log_probs, target, reduction="none")
+            log_chances[group[part], place[part]] = -cross_entropy.to(log_chances.dtype)
+            reach = log_chances.cumsum(dim=1)[group[part], place[part]].to(cross_entropy.dtype)
+            row_weights = weights[place[part]] * (reach_power * reach).exp()
             divergence = torch.zeros_like(cross_entropy)
             if distill > 0:
                 base, negative_entropy = _base_probs(model, base_hidden, teacher[part])
@@ -137,7 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def, override]
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, *([None] * 9)
+        return grad * grad_loss, *([None] * 11)
 
 
 def _base_probs(

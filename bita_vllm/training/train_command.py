@@ -60,6 +60,14 @@ def add_parser(subparsers: Any) -> None:
     number("--clip", type=float, default=1.0, help="largest norm of the gradient")
     number("--distill", type=float, default=1.0, help="share of KL to the model's own distribution")
     number("--mask-decay", type=float, default=1.0, help="weight of a mask against the one before")
+    number(
+        "--reach-power",
+        type=float,
+        default=0.0,
+        metavar="Q",
+        help="a row counts by the probability, to the power of Q, that its mask and those before it "
+        "give to the text's tokens; 0: all alike",
+    )
     number("--ema", type=float, default=0.0, help="save averaged weights with this decay")
     number("--seed", type=int, default=0)
     number("--time-limit", type=float, metavar="MINUTES", help="save and stop then; see --resume")
@@ -242,6 +250,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "lora_rank": (0, None),
         "warmup": (0, None),
         "distill": (0, 1),
+        "reach_power": (0, None),
         "ema": (0, 0.999999),
         "save_every": (1, None),
         "chunk_rows": (1, None),

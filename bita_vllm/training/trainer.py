@@ -55,6 +55,7 @@ class TrainConfig:
     clip: float = 1.0  # norm of the gradient
     distill: float = 1.0  # share of KL against cross-entropy
     mask_decay: float = 1.0  # weight of Mj is mask_decay^(j-1)
+    reach_power: float = 0.0  # loss.py
     ema: float = 0.0  # decay of the averaged weights that are saved; 0: the last weights
     seed: int = 0
 
@@ -217,6 +218,7 @@ class Trainer:
             weights,
             float((weights * counts).sum()),
             self.config.distill,
+            self.config.reach_power,
             self.chunk_rows,
         )
 

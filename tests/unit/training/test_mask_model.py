@@ -91,7 +91,9 @@ def pairs(model, weights):
             yield f"{name} B", b, weights.deltas[name][1]
 
 
-def check_equal_to_naive(tiny, architecture, *, distill=0.5, checkpointing=False, **options):
+def check_equal_to_naive(
+    tiny, architecture, *, distill=0.5, reach_power=0.3, checkpointing=False, **options
+):
     base = tiny(architecture)
     twin = deepcopy(base)
     model = make_model(base, **options)
@@ -102,7 +104,13 @@ def check_equal_to_naive(tiny, architecture, *, distill=0.5, checkpointing=False
     weights = naive_weights(model)
     token_logits, mask_logits = naive_training.logits(twin, weights, batch.input_ids, batch.roots)
     expected = naive_training.loss(
-        token_logits, mask_logits, batch.roots, batch.targets, row_weights, distill
+        token_logits,
+        mask_logits,
+        batch.roots,
+        batch.targets,
+        row_weights,
+        distill,
+        reach_power,
     )
     expected.backward()
 
@@ -111,8 +119,9 @@ def check_equal_to_naive(tiny, architecture, *, distill=0.5, checkpointing=False
     hidden = model.mask_hidden(context, batch.roots)
     torch.testing.assert_close(model.logits(hidden), mask_logits, rtol=0, atol=1e-9)
     count = (batch.targets != IGNORED).sum(dim=(0, 1))
+    weight_sum = float((count * row_weights).sum())
     result = mask_loss(
-        model, context, hidden, batch, row_weights, float((count * row_weights).sum()), distill, 10
+        model, context, hidden, batch, row_weights, weight_sum, distill, reach_power, 10
     )
     result.loss.backward()
     assert abs(float(result.loss - expected)) < 1e-10
@@ -129,6 +138,11 @@ def test_loss_and_gradients_equal_the_full_mask_formulation(tiny, architecture):
 @pytest.mark.parametrize("distill", [0.0, 1.0])
 def test_each_part_of_the_loss_equals_the_full_mask_formulation(tiny, distill):
     check_equal_to_naive(tiny, "llama", distill=distill)
+
+
+@pytest.mark.parametrize("reach_power", [0.0, 1.0])
+def test_what_a_row_counts_equals_the_full_mask_formulation(tiny, reach_power):
+    check_equal_to_naive(tiny, "llama", reach_power=reach_power)
 
 
 @pytest.mark.parametrize("tile_rows", [3, 7, 12])
