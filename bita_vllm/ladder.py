@@ -1,4 +1,4 @@
-"""The ladder: which template a step uses, by how many requests are in the batch (NumPy only).
+"""The ladder: which template set a step uses, by how many requests are in the batch (NumPy only).
 
 Rows cost, and the more requests share a step the more they cost; so few requests get large step
 blocks, many get small ones, and at width 0 a step is plain vLLM's (DESIGN section 8).
@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateError
 
 LADDER_FILE = "ladder.json"  # beside the adapter's config
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAIN_WIDTH = 0
 
 
@@ -30,50 +31,41 @@ class LadderError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
-    """Templates by width, and the table from batch size to width.
+    """Template sets, and the table from batch size to width.
 
-    A width counts draft tokens as vLLM does: R-1, the rows of a step block less the root. Width 0 is
+    A width counts draft tokens as vLLM does: R-1, the rows of a set's first template less the root. Width 0 is
     plain decoding and has no template.
 
     Attributes:
-        templates: width -> template of that many rows and a root; at least one. More than the table
-            names are allowed.
+        template_sets: at least one, of different widths; kept by width, ascending. More than the table names are
+            allowed.
         batch_sizes: (first, last, width) of each range of batch sizes, both ends included, ascending;
             as vLLM's `num_speculative_tokens_per_batch_size` (vllm/v1/spec_decode/dynamic/utils.py):
             the first range starts at 1; a gap, and what comes after the last range, takes the width
             of the range before it.
         provenance: where cost and acceptance were measured; kept as it is.
-        choices: width -> set that begins with the template of that width, where there is more than one tree
-            for blocks to choose from.
     """
 
-    templates: Mapping[int, Template]
+    template_sets: Sequence[TemplateSet]
     batch_sizes: Sequence[tuple[int, int, int]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    choices: Mapping[int, TemplateSet] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises LadderError."""
-        if not self.templates:
+        if not self.template_sets:
             raise LadderError(
                 "A ladder needs at least one template; make one with 'bita tune', or serve without bita."
             )
-        for width, template in self.templates.items():
-            if width != template.num_rows - 1:
-                raise LadderError(
-                    f"Ladder: the template under width {width} has {template.num_rows} rows; "
-                    f"its width is its rows less the root, {template.num_rows - 1}."
-                )
-        for width, choice in self.choices.items():
-            of_width = self.templates.get(width)
-            if of_width is None or choice.first.to_dict() != of_width.to_dict():
-                raise LadderError(
-                    f"Ladder: the template set under width {width} begins with a template of {choice.first.num_rows} "
-                    "rows; it must begin with the template of that width."
-                )
+        by_width = sorted(self.template_sets, key=lambda one: one.first.num_rows)
+        object.__setattr__(self, "template_sets", tuple(by_width))
+        if repeated := {a for a, b in pairwise(self.widths) if a == b}:
+            raise LadderError(
+                f"Ladder: two template sets begin with {min(repeated) + 1} rows, but a step's rows must tell its set; "
+                "leave one out."
+            )
         _check_ranges(self.batch_sizes)
         for first, last, width in self.batch_sizes:
-            if width != PLAIN_WIDTH and width not in self.templates:
+            if width != PLAIN_WIDTH and width not in self.widths:
                 raise LadderError(
                     f"Ladder: batch sizes {first} to {last} ask for width {width}, but there are templates of "
                     f"width {', '.join(map(str, self.widths))} only; use one of them, or 0 for plain decoding."
@@ -82,9 +74,8 @@ class Ladder:
     @classmethod
     def fixed(cls, chosen: Template | TemplateSet) -> Ladder:
         """One template, or the trees of one set, for every batch size."""
-        choice = chosen if isinstance(chosen, TemplateSet) else TemplateSet((chosen,))
-        width = choice.first.num_rows - 1
-        return cls({width: choice.first}, [(1, 1, width)], {}, {width: choice})
+        one = chosen if isinstance(chosen, TemplateSet) else TemplateSet((chosen,))
+        return cls([one], [(1, 1, one.first.num_rows - 1)])
 
     @classmethod
     def load(cls, path: str | Path) -> Ladder:
@@ -98,13 +89,10 @@ class Ladder:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["bita_ladder"]
-            templates = [Template.from_dict(entry) for entry in content["templates"]]
-            ranges = [_range(entry) for entry in content["batch_sizes"]]
-            provenance = dict(content.get("provenance", {}))
-            choices = {
-                int(width): TemplateSet.from_dict(entry)
-                for width, entry in content.get("choices", {}).items()
-            }
+            if version == FORMAT_VERSION:
+                sets = [TemplateSet.from_dict(entry) for entry in content["template_sets"]]
+                ranges = [_range(entry) for entry in content["batch_sizes"]]
+                provenance = dict(content.get("provenance", {}))
         except TemplateError as error:
             raise LadderError(f"Ladder file {path}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -116,10 +104,7 @@ class Ladder:
                 f"Ladder file {path} has format {version!r}, but this bita reads format {FORMAT_VERSION}; "
                 "make it again with 'bita tune'."
             )
-        by_width = {template.num_rows - 1: template for template in templates}
-        if len(by_width) < len(templates):
-            raise LadderError(f"Ladder file {path} has two templates of one width; leave one out.")
-        return cls(by_width, ranges, provenance, choices)
+        return cls(sets, ranges, provenance)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form, in one move. Raises LadderError."""
@@ -127,8 +112,7 @@ class Ladder:
         content = {
             "bita_ladder": FORMAT_VERSION,
             "batch_sizes": [list(entry) for entry in self.batch_sizes],
-            "templates": [self.templates[width].to_dict() for width in self.widths],
-            "choices": {str(width): choice.to_dict() for width, choice in self.choices.items()},
+            "template_sets": [one.to_dict() for one in self.template_sets],
             "provenance": dict(self.provenance),
         }
         scratch = path.with_suffix(".saving")
@@ -149,16 +133,8 @@ class Ladder:
 
     @cached_property
     def widths(self) -> list[int]:
-        """Widths that have a template, ascending."""
-        return sorted(self.templates)
-
-    @cached_property
-    def template_sets(self) -> tuple[TemplateSet, ...]:
-        """What blocks of each width are made from, by width, ascending."""
-        return tuple(
-            self.choices.get(width) or TemplateSet((self.templates[width],))
-            for width in self.widths
-        )
+        """Width of each template set, ascending."""
+        return [one.first.num_rows - 1 for one in self.template_sets]
 
     @property
     def is_fixed(self) -> bool:
@@ -168,7 +144,7 @@ class Ladder:
     @property
     def widest(self) -> Template:
         """The largest template: what memory and token budgets are sized for."""
-        return self.templates[self.widths[-1]]
+        return self.template_sets[-1].first
 
     def lookup(self, max_batch_size: int) -> np.ndarray:
         """`[max_batch_size + 1]` int32, width by batch size; entry 0 stands for no request."""
@@ -178,8 +154,8 @@ class Ladder:
         return table
 
     def describe(self) -> str:
-        """For logs: rows by batch size, or the template if it is the only one."""
-        if len(self.templates) == len(self.batch_sizes) == 1:
+        """For logs: rows by batch size, or the template set if it is the only one."""
+        if len(self.template_sets) == len(self.batch_sizes) == 1:
             return self.template_sets[0].describe()
         return describe_ranges(self.batch_sizes)
 

@@ -74,7 +74,7 @@ def loss(
     distill: float,
     reach_power: float = 0.0,
 ) -> torch.Tensor:
-    """Weighted mean over rows of (1 - distill) * CE + distill * KL, times the chance of each row's chain ** reach_power."""
+    """Weighted mean over rows of chance ** reach_power * ((1 - distill) * CE + distill * KL)."""
     b, g, j = (targets != -100).nonzero(as_tuple=True)
     rows = mask_logits[b, g, j].log_softmax(-1)
     own = token_logits[b, roots[b, g] + 1 + j].detach().log_softmax(-1)

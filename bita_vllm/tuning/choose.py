@@ -90,10 +90,9 @@ def choose_ladder(
     used = set(widths) - {PLAIN_WIDTH} or {candidates[0].first.num_rows - 1}
     return (
         Ladder(
-            {width: by_width[width].first for width in used},
+            [by_width[width] for width in used],
             ranges_of(widths),
             provenance or {},
-            {width: by_width[width] for width in used if by_width[width].has_choice},
         ),
         choices,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from bita_vllm.adapter_config import ModelShape
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
+from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
 
 PROMPT_LEN = 64
@@ -28,14 +29,15 @@ STEPS_A_ROUND = 4
 STEPS_TOGETHER = 8
 
 
-def profile_ladder(templates: Mapping[int, Template], max_requests: int) -> Ladder:
+def profile_ladder(templates: Sequence[Template], max_requests: int) -> Ladder:
     """A ladder to time all templates with, and plain steps, at up to `max_requests`; it takes that many requests more.
 
     CUDA graphs of a width are captured up to the largest batch that the table has it for, so every width is
     named behind the batches that are timed.
     """
-    behind = [(max_requests + i, max_requests + i, w) for i, w in enumerate(sorted(templates), 1)]
-    return Ladder(templates, [(1, max_requests, PLAIN_WIDTH), *behind])
+    widths = sorted(template.num_rows - 1 for template in templates)
+    behind = [(max_requests + i, max_requests + i, width) for i, width in enumerate(widths, 1)]
+    return Ladder(sets_of_one(templates), [(1, max_requests, PLAIN_WIDTH), *behind])
 
 
 def profile_steps(

@@ -180,10 +180,10 @@ def _profile(
     )
 
     requests = sorted(set(args.requests))
-    templates = {t.num_rows - 1: t for t in best_templates(sorted(set(args.rows)), acceptance)}
+    templates = best_templates(sorted(set(args.rows)), acceptance)
     ladder = profile_ladder(templates, requests[-1])
     widths, num_rows = ladder.widths, ladder.widest.num_rows
-    longest = max_model_len(len(widths), max(t.max_depth for t in templates.values()), num_rows)
+    longest = max_model_len(len(widths), max(t.max_depth for t in templates), num_rows)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profile looks into the scheduler
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"

@@ -28,6 +28,7 @@ from vllm import SamplingParams
 
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.scheduler import BitaScheduler, depth_of_line
+from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template, TemplateTable
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
@@ -53,7 +54,7 @@ else:
 
 
 def make_ladder(ranges: Sequence[tuple[int, int, int]], **provenance: Any) -> Ladder:
-    return Ladder(dict(zip(WIDTHS, TEMPLATES, strict=True)), ranges, provenance)
+    return Ladder(sets_of_one(TEMPLATES), ranges, provenance)
 
 
 def make_requests() -> list[tuple[list[int], SamplingParams]]:
@@ -183,12 +184,13 @@ def test_requests_whose_drafts_are_wrong_go_without(tiny_model, tmp_path, monkey
     """An oracle that knows what every second request says: these keep their blocks, the others get few."""
     model = tiny_model("llama", vocab_size=VOCAB_SIZE)
     adapter = make_adapter(model, tmp_path / "adapter")
-    widths = dict(zip(WIDTHS, TEMPLATES, strict=True))
     # A block of ten rows more costs a fifth of a token.
     costs = {
         "step_seconds": [[n, rows, 0.01 + 0.0002 * (rows - 1)] for n in (1, 8) for rows in (1, 11)]
     }
-    Ladder(widths, [(1, 8, WIDTHS[1]), (9, 9, 0)], costs).save(adapter / LADDER_FILE)
+    Ladder(sets_of_one(TEMPLATES), [(1, 8, WIDTHS[1]), (9, 9, 0)], costs).save(
+        adapter / LADDER_FILE
+    )
     monkeypatch.setattr("bita_vllm.tuning.online.REVIEW_SECONDS", 1e9)
     requests = [
         (prompt, SamplingParams(temperature=i // 2 % 2, seed=i, max_tokens=200, ignore_eos=True))

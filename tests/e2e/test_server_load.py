@@ -19,6 +19,7 @@ from e2e.servers import Server, parse_metrics, running_server
 from vllm import SamplingParams
 
 from bita_vllm.ladder import LADDER_FILE, Ladder
+from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
 
 pytestmark = [
@@ -35,7 +36,7 @@ DEPTH_3 = Template.from_widths([3, 2, 1], 3)
 DEPTH_2 = Template.from_widths([3, 2], 2)
 DEPTH_1 = Template.from_widths([2], 1)
 LADDER = Ladder(
-    {template.num_rows - 1: template for template in (DEPTH_1, DEPTH_2, DEPTH_3)},
+    sets_of_one([DEPTH_1, DEPTH_2, DEPTH_3]),
     [
         (1, 2, DEPTH_3.num_rows - 1),
         (3, 8, 0),

@@ -25,6 +25,7 @@ from bita_vllm.config import check_engine, get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.machine import cpu_name
 from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
 
 plugin.register()
@@ -109,8 +110,10 @@ def test_template_file_sets_the_rows(make, tmp_path):
 @pytest.fixture
 def ladder(tmp_path):
     """The file of a ladder: 16 rows for one request, 4 for two, then plain."""
-    templates = {15: Template.from_widths([2, 1], 3), 3: Template.from_widths([1], 1)}
-    Ladder(templates, [(1, 1, 15), (2, 2, 3), (3, 3, 0)]).save(tmp_path / "my_ladder.json")
+    templates = Template.from_widths([2, 1], 3), Template.from_widths([1], 1)
+    Ladder(sets_of_one(templates), [(1, 1, 15), (2, 2, 3), (3, 3, 0)]).save(
+        tmp_path / "my_ladder.json"
+    )
     return tmp_path / "my_ladder.json"
 
 
@@ -144,8 +147,8 @@ def test_ladder_of_another_machine(make, adapter, tmp_path, monkeypatch, device,
     monkeypatch.setattr(row_options.logger, "warning", lambda *args: warnings.append(args[0]))
     copied = tmp_path / "adapter"
     shutil.copytree(adapter, copied)
-    templates = Ladder.fixed(Template.from_widths([1], 1)).templates
-    ladder = Ladder(templates, [(1, 1, 3), (2, 2, 0)], {"device": device})
+    sets = sets_of_one([Template.from_widths([1], 1)])
+    ladder = Ladder(sets, [(1, 1, 3), (2, 2, 0)], {"device": device})
     ladder.save(copied / LADDER_FILE)
     beside = get_settings(make({"model": str(copied)})).ladder
     named = get_settings(make({"ladder": str(copied / LADDER_FILE)})).ladder

@@ -9,7 +9,7 @@ import pytest
 from two_kinds import predictions
 
 from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet
+from bita_vllm.template_set import TemplateSet, sets_of_one
 from bita_vllm.training.evaluate import (
     acceptance_statistics,
     accepted_lengths,
@@ -275,8 +275,8 @@ def test_blocks_cheap_at_one_request_are_not_tried_where_the_ladder_has_none():
 
 def test_policy_uses_no_width_that_the_ladder_does_not_name():
     """Not even plain decoding: on a GPU graphs are captured for these only."""
-    templates = {t.num_rows - 1: t for t in best_templates([4, 8, 24], statistics(GOOD))}
-    ladder = Ladder(templates, [(1, 4, 23), (5, 8, 7)], {"step_seconds": []})
+    templates = best_templates([4, 8, 24], statistics(GOOD))
+    ladder = Ladder(sets_of_one(templates), [(1, 4, 23), (5, 8, 7)], {"step_seconds": []})
     policy = WidthPolicy(ladder, statistics(GOOD), H100_8B, 8, padded=True, now=0.0)
     requests, lines = list("abcdefgh"), [3] * 8
     for _ in range(200):
@@ -290,7 +290,7 @@ def test_ladders_without_measured_cost_stay_as_they_are():
     points = {"step_seconds": [[1, 1, 1.0], [1, 4, 1.1]]}
     adapter = str(Path(__file__).parents[3] / "adapters" / "smollm2-135m-instruct")
     assert policy_of(Ladder.fixed(template), adapter, 8, padded=False) is None
-    width = template.num_rows - 1
+    alone, width = sets_of_one([template]), template.num_rows - 1
     ranges = [(1, 2, width), (3, 8, 0)]
-    assert policy_of(Ladder({width: template}, ranges), adapter, 8, False) is None
-    assert policy_of(Ladder({width: template}, ranges, points), adapter, 8, False)
+    assert policy_of(Ladder(alone, ranges), adapter, 8, False) is None
+    assert policy_of(Ladder(alone, ranges, points), adapter, 8, False)

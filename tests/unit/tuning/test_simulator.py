@@ -8,7 +8,7 @@ from recorded_ranks import recorded_predictions, recorded_ranks
 
 from bita_vllm.adapter import AdapterConfig
 from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import saved_sets
+from bita_vllm.template_set import saved_sets, sets_of_one
 from bita_vllm.training.evaluate import (
     Predictions,
     acceptance_statistics,
@@ -61,7 +61,7 @@ def test_blocks_that_choose_their_tree_are_the_replays():
 
 
 def test_plain_decoding_is_the_unit():
-    ladder = Ladder(Ladder.fixed(TREE).templates, [(1, 1, 51), (2, 2, 0)])
+    ladder = Ladder(sets_of_one([TREE]), [(1, 1, 51), (2, 2, 0)])
     result = simulate(ladder, recorded_ranks("mt_bench"), FREE_ROWS, 2, num_walks=100)
     assert (result.ratio, result.accepted_length, result.rows) == (1.0, 1.0, 1.0)
 
