@@ -1,7 +1,8 @@
 """Two tensor-parallel ranks, each in a process of its own: plain vLLM's tokens, and the drafts of one rank.
 
 Two KV heads are one to each rank; a single one is on both. Deltas are as large as the weights, on every
-linear layer. Drafts are an oracle's, so that walks end everywhere; the mask rows' logits are computed all the same.
+linear layer. Candidates are an oracle's, so that walks end everywhere; the mask rows' logits are computed all the
+same, and by them each rank chooses each block's tree.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from e2e.inspection import (
 )
 from vllm import LLM, SamplingParams
 
+from bita_vllm.ladder import Ladder
+from bita_vllm.template_set import TemplateSet
+from bita_vllm.tree import Template, TemplateTable
+
 NUM_RANKS, NUM_MASKS = 2, 3
 OPTIONS = {
     "tensor_parallel_size": NUM_RANKS,
@@ -29,6 +34,8 @@ OPTIONS = {
     "max_num_seqs": 4,
     "long_prefill_token_threshold": 32,
 }
+TREES = TemplateSet(tuple(Template.from_widths(widths, 3) for widths in ([3, 2], [4, 1], [2, 2])))
+TABLE = TemplateTable(*TREES.templates)
 KV_HEADS = {"a KV head a rank": 2, "one KV head on both": 1}
 if ON_GPU_RUNNER:  # a step takes a third of a second, and how heads are dealt out is the same code
     del KV_HEADS["one KV head on both"]
@@ -66,7 +73,8 @@ def test_two_ranks_say_what_plain_vllm_says_and_draft_what_one_rank_would(
     model = tiny_model("llama", num_hidden_layers=2, num_key_value_heads=num_kv_heads)
     adapter = make_adapter(model, tmp_path / "adapter", NUM_MASKS, lora_rank=8)
     plain = run(model, requests(), **OPTIONS)
-    bita = {"model": str(adapter), "tree": "3,2"}
+    Ladder.fixed(TREES).save(tmp_path / "ladder.json")
+    bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
     with engine(model, bita, **OPTIONS) as llm:
         fetch = enter_in_ranks(
             llm, recorded_steps, partial(oracle, known(plain)), partial(recorded_groups, NUM_MASKS)
@@ -83,10 +91,14 @@ def test_two_ranks_say_what_plain_vllm_says_and_draft_what_one_rank_would(
     (steps, _, groups), (other_steps, _, other_groups) = ranks
     assert steps == other_steps
     assert accepted == sum(len(step.tokens) - 1 for step in steps)
-    assert accepted < drafted <= sum(max(step.line, 0) for step in steps)  # line D offers D depths
+    lines = [step.line for step in steps if step.line >= 0]
+    assert accepted < drafted <= TABLE.depth[lines].max(axis=1).sum()
+    trees = np.searchsorted(TABLE.first_line, lines, side="right") - 1
+    assert len(set(trees)) > 1, "the same tree for every block"
     assert max(len(step.tokens) for step in steps) == 3
 
     compared, worst = compare_with_trainer(model, adapter, outputs, groups)
+    print(f"blocks by tree: {np.bincount(trees).tolist()}")
     print(f"{accepted} of {drafted} accepted, {compared} groups, largest difference {worst:.1e}")
     assert compared > 20
     assert worst < 1e-3
