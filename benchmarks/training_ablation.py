@@ -63,6 +63,8 @@ RUNS: dict[str, dict[str, str]] = {
     "rank 64, lora lr 1e-3": {**LORA, "--lora-lr": "0.001"},
     "mask decay 0.8": {"--mask-decay": "0.8"},
     "rank 64, hard labels": {**LORA, "--distill": "0"},
+    "reach power 0.5": {"--reach-power": "0.5"},
+    "rank 64, reach power 0.5": {**LORA, "--reach-power": "0.5"},
 }
 OTHER_DATA_RUNS = ("other prompts", "own and other prompts")
 
