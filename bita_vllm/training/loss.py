@@ -71,7 +71,7 @@ def mask_loss(
     chunk_rows: int,
 ) -> LossResult:
     """Loss and statistics of a batch; `distill` in 0..1 is the share of KL against CE, `reach_power` 0 or more."""
-    num_masks = hidden.shape[2]
+    sequences, groups, num_masks = hidden.shape[:3]
     valid = batch.targets != IGNORED  # [B, G, k]
     sequence, group, place = valid.nonzero(as_tuple=True)  # each [rows]
     # Base and masks of one place in the text lie side by side, so a chunk needs few base rows; and a group's masks
@@ -81,18 +81,20 @@ def mask_loss(
     order = teacher_place.argsort(stable=True)
     sequence, group, place = sequence[order], group[order], place[order]
     statistics = at_least_float32(hidden.new_zeros(4, num_masks))
+    log_chances = statistics.new_zeros(sequences * groups, num_masks)
     loss = _ChunkedLoss.apply(
         hidden[sequence, group, place],
         model,
         context.hidden.flatten(0, 1),
         teacher_place[order],
         batch.targets[sequence, group, place],
-        sequence * hidden.shape[1] + group,
+        sequence * groups + group,
         place,
         weights.to(hidden.device) / weight_sum,
         distill,
         reach_power,
         chunk_rows,
+        log_chances,
         statistics,
     )
     return LossResult(loss, statistics)
@@ -107,17 +109,17 @@ class _ChunkedLoss(torch.autograd.Function):
         base_hidden: torch.Tensor,  # [B*T, H]
         teacher: torch.Tensor,  # [rows], ascending indices into base_hidden
         targets: torch.Tensor,  # [rows]
-        group: torch.Tensor,  # [rows], from 0
+        group: torch.Tensor,  # [rows], a line of `log_chances`
         place: torch.Tensor,  # [rows], mask index from 0
         weights: torch.Tensor,  # [k]
         distill: float,
         reach_power: float,
         chunk_rows: int,
+        log_chances: torch.Tensor,  # [B*G, k], of the text's tokens; written
         statistics: torch.Tensor,  # [4, k], added to
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=statistics.dtype, device=rows.device)
         grad = torch.empty_like(rows)
-        log_chances = statistics.new_zeros(len(rows), statistics.shape[1])  # [groups, k]
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
             target = targets[part]
@@ -151,7 +153,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def, override]
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, *([None] * 11)
+        return grad * grad_loss, *([None] * 12)
 
 
 def _base_probs(
