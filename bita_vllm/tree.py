@@ -297,3 +297,7 @@ class TemplateTable:
             self.ancestors[line, :n, :n] = variant.ancestors
             used = min(variant.num_masks, self.max_depth)
             self.candidate_rows[line, : variant.num_nodes, :used] = variant.candidate_rows[:, :used]
+
+    def template_of(self, line: Any) -> Any:
+        """Which template a line, or each of several, is a block of."""
+        return np.searchsorted(self.first_line, line, side="right") - 1

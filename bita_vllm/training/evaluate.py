@@ -166,7 +166,7 @@ def template_choice(
 ) -> Callable[[np.ndarray, Sources], int]:
     """(an answer's probabilities, a step's sources) -> which template of the set the engine takes."""
     choice = LineChoice([templates], acceptance, torch.device("cpu"))
-    first_lines = TemplateTable(*templates.templates).first_line
+    table = TemplateTable(*templates.templates)
 
     def choose(given: np.ndarray, sources: Sources) -> int:
         sources = sources[: templates.max_depth]
@@ -176,7 +176,7 @@ def template_choice(
         known[0, : len(sources)] = given[tuple(zip(*sources, strict=True))]
         depths = torch.tensor([len(sources)])
         line = int(choice(0, depths, torch.from_numpy(known), only_first=False))
-        return int(np.searchsorted(first_lines, line, side="right")) - 1
+        return int(table.template_of(line))
 
     return choose
 

@@ -129,8 +129,8 @@ class _ChunkedLoss(torch.autograd.Function):
             correct = (scores.detach().argmax(dim=-1) == target).float()
             log_probs = scores.detach().log_softmax(dim=-1)
             cross_entropy = F.nll_loss(log_probs, target, reduction="none")
-            log_chances[group[part], place[part]] = -cross_entropy.to(log_chances.dtype)
-            reach = log_chances.cumsum(dim=1)[group[part], place[part]].to(cross_entropy.dtype)
+            log_chances[group[part], place[part]] = -cross_entropy
+            reach = log_chances.cumsum(dim=1)[group[part], place[part]]
             row_weights = weights[place[part]] * (reach_power * reach).exp()
             divergence = torch.zeros_like(cross_entropy)
             if distill > 0:

@@ -84,7 +84,7 @@ def test_steps_are_those_of_the_replay(case):
 
     table = TemplateTable(*TEMPLATES.templates)
     full = [step.line for step in steps if step.line >= 0]
-    used = np.searchsorted(table.first_line, full, side="right") - 1
+    used = table.template_of(full)
     counts = np.bincount(used, minlength=len(TEMPLATES.templates))
     print(
         f"blocks by tree: {counts.tolist()}, accepted length {np.mean(np.concatenate(expected)):.3f}"

@@ -93,7 +93,7 @@ def test_two_ranks_say_what_plain_vllm_says_and_draft_what_one_rank_would(
     assert accepted == sum(len(step.tokens) - 1 for step in steps)
     lines = [step.line for step in steps if step.line >= 0]
     assert accepted < drafted <= TABLE.depth[lines].max(axis=1).sum()
-    trees = np.searchsorted(TABLE.first_line, lines, side="right") - 1
+    trees = TABLE.template_of(lines)
     assert len(set(trees)) > 1, "the same tree for every block"
     assert max(len(step.tokens) for step in steps) == 3
 

@@ -141,6 +141,7 @@ def short_answers(data):
         (None, ["--verifier", "x", "--start-from", "y"], "--start-from keeps the name"),
         (None, ["--lora-layers", "1-x"], "must be numbers and ranges such as 0-14,20"),
         (None, ["--distill", "1.5"], "--distill is 1.5, but must be between 0 and 1"),
+        (None, ["--reach-power", "-1"], "--reach-power is -1.0, but must be at least 0"),
         (None, ["--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
         (None, ["--prompt-tokens", "300"], "num_prompt_tokens"),
         (None, ["--resume"], "There is no training to resume"),
