@@ -29,6 +29,10 @@ class LadderError(ValueError):
     """A ladder that cannot be used; the message is one sentence for the user."""
 
 
+class LadderVersionError(LadderError):
+    """A ladder file of another format version."""
+
+
 @dataclass(frozen=True, eq=False)
 class Ladder:
     """Template sets, and the table from batch size to width.
@@ -100,7 +104,7 @@ class Ladder:
                 f"Ladder file {path} cannot be read ({type(error).__name__}: {error}); make it again with 'bita tune'."
             ) from None
         if version != FORMAT_VERSION:
-            raise LadderError(
+            raise LadderVersionError(
                 f"Ladder file {path} has format {version!r}, but this bita reads format {FORMAT_VERSION}; "
                 "make it again with 'bita tune'."
             )

@@ -151,11 +151,14 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
 
 def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Any] | None:
     """What was timed for the ladder in that file, if it was timed on the same."""
-    from bita_vllm.ladder import Ladder
+    from bita_vllm.ladder import Ladder, LadderVersionError
 
     if not path.is_file():
         return None
-    had = Ladder.load(path).provenance
+    try:
+        had = Ladder.load(path).provenance
+    except LadderVersionError:
+        return None
     same = all(had.get(key) == provenance[key] for key in PROFILE_KEYS)
     return [tuple(point) for point in had["step_seconds"]] if same else None
 
