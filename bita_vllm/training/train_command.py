@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from bita_vllm.training.base_model import DTYPES
@@ -147,9 +148,14 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
         check_tokens,
         read_samples,
     )
-    from bita_vllm.training.trainer import TrainConfig, Trainer
+    from bita_vllm.training.trainer import TrainConfig, Trainer, TrainingError
 
     check_arguments(args)
+    if find_spec("matplotlib") is None:
+        raise TrainingError(
+            "'bita train' draws its curves with matplotlib, which is not installed here; "
+            "install it (pip install matplotlib)."
+        )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     tokenizer, revision = load_tokenizer(args.model, args.revision)

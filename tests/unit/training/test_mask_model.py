@@ -223,6 +223,13 @@ def test_a_base_whose_head_does_more_is_refused(tiny):
         make_model(base)
 
 
+def test_a_real_model_in_bfloat16_is_taken(embedded_model):
+    base = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.bfloat16)
+    shape = ModelShape.from_hf_config(base.config)
+    model = MaskModel(base, random_adapter(shape, K, 4, 0))
+    assert model.dtype == torch.bfloat16
+
+
 def test_a_base_carries_one_mask_model(tiny):
     base = tiny("llama")
     make_model(base)

@@ -167,6 +167,14 @@ def test_a_model_that_is_not_there_is_refused(data, tmp_path, capsys):
     assert "could not be had" in capsys.readouterr().err
 
 
+def test_missing_matplotlib_is_named_before_training(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    assert main(["train", str(model), "--data", str(data), "--out", str(out), *RUN]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not (out / "config.json").exists()
+
+
 def test_out_of_memory_names_the_knobs(model, data, tmp_path, capsys, monkeypatch):
     def out_of_memory(self, *args):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
