@@ -1,7 +1,8 @@
 """Which template of a set a request's next block takes, by how sure the masks are.
 
-A candidate's probability in its mask row stands for its acceptance. So every template of the set promises
-a number of tokens, and the block takes the one that promises most:
+A candidate's probability in its mask row stands for its acceptance, more or less of it where the token before
+is a lower candidate (`promise_weight`). So every template of the set promises a number of tokens, and the block
+takes the one that promises most:
 
     promise = sum over nodes of P(node reached) * worth of the node
     worth = 1 token + value of the predictions that a walk which stops there goes on with
@@ -20,7 +21,7 @@ import torch
 from bita_vllm.template_set import TemplateSet, templates_of
 from bita_vllm.tree import TemplateTable
 from bita_vllm.tree_search import Draft, padded_drafts
-from bita_vllm.tuning.process import node_worth, state_values
+from bita_vllm.tuning.process import promise_weight, state_values
 
 
 class LineChoice:
@@ -40,7 +41,7 @@ class LineChoice:
             np.where(is_draft, column[:, :num_nodes], 0).astype(np.int64)
             for column in (table.parent, table.depth, table.rank)
         )
-        worth = np.zeros((num_lines, num_nodes), dtype=np.float32)
+        weight = np.zeros((num_lines, num_nodes), dtype=np.float32)
         most = max(len(one.templates) for one in sets)
         lines = np.zeros((len(sets), table.max_depth + 1, most), dtype=np.int64)
         first = 0
@@ -55,12 +56,13 @@ class LineChoice:
             draft = padded_drafts([Draft.of(one.first)], one.first.num_nodes)
             value = state_values(draft, acceptance)
             for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
-                whole = node_worth(padded_drafts([Draft.of(template)], template.num_nodes), value)
+                own_draft = padded_drafts([Draft.of(template)], template.num_nodes)
+                whole = promise_weight(own_draft, value, acceptance)
                 for depths in range(
                     template.max_depth + 1
                 ):  # a restricted template keeps the order
                     kept = template.depth[: template.num_nodes] <= depths
-                    worth[start + depths, : kept.sum()] = whole[0, kept]
+                    weight[start + depths, : kept.sum()] = whole[0, kept]
             first += len(one.templates)
         # parent, parent's parent, ...; the root is its own
         ancestors = np.zeros((max(table.max_depth - 1, 0), num_lines, num_nodes), dtype=np.int64)
@@ -68,12 +70,12 @@ class LineChoice:
         for level in range(len(ancestors)):
             ancestors[level] = ancestor
             ancestor = np.take_along_axis(parent, ancestor, axis=1)
-        self.lines, self.is_draft, self.worth, self.place, self.rank, self.ancestors = (
+        self.lines, self.is_draft, self.weight, self.place, self.rank, self.ancestors = (
             torch.from_numpy(column).to(device)
             for column in (
                 lines,  # [sets, max_depth + 1, templates]
                 is_draft,  # [lines, nodes], and the next three
-                worth,
+                weight,
                 np.maximum(depth - 1, 0),
                 rank,
                 ancestors,  # [max_depth - 1, lines, nodes]
@@ -100,7 +102,7 @@ class LineChoice:
         reach = accepted
         for ancestor in self.ancestors:
             reach = reach * accepted.gather(2, ancestor[lines])
-        promise = (reach * self.worth[lines]).sum(dim=-1)
+        promise = (reach * self.weight[lines]).sum(dim=-1)
         return lines.gather(1, promise.argmax(dim=1, keepdim=True))[:, 0]
 
 

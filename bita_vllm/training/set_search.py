@@ -17,7 +17,7 @@ from bita_vllm.training.evaluate import Predictions, accepted_lengths, chosen_le
 from bita_vllm.training.walk import Sources, TreeWalker
 from bita_vllm.tree import Template
 from bita_vllm.tree_search import Draft, acceptance_table, best_templates, padded_drafts
-from bita_vllm.tuning.process import node_worth, state_values
+from bita_vllm.tuning.process import promise_weight, state_values
 
 MIN_TOKENS = 4000  # of answers
 NUM_TEMPLATES = 8
@@ -59,12 +59,12 @@ def find_set(
     start = Draft.of(first)
     value = state_values(padded_drafts([start], len(start.parent)), acceptance)
     found = [start]
-    best = promises(found, blocks, value)[0]
+    best = promises(found, blocks, value, acceptance)[0]
     while len(found) < num_templates and len(best):
         promise, origins = best, found
         for _ in range(MAX_ROUNDS):
             moved = _moved(origins, first.num_rows, acceptance.shape[2:], rng)
-            scores = promises(moved, blocks, value)
+            scores = promises(moved, blocks, value, acceptance)
             total = np.maximum(scores, best).mean(axis=1)
             winner = int(total.argmax())
             if total[winner] <= np.maximum(promise, best).mean() + MIN_GAIN / 4:
@@ -115,20 +115,22 @@ def promises(
     blocks: np.ndarray,
     # [2**k]
     value: np.ndarray,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
 ) -> np.ndarray:
     """`[C, N]` tokens that each draft promises in each block, now and later."""
     num_nodes = max(len(draft.parent) for draft in drafts)
     padded = padded_drafts(drafts, num_nodes)
-    depth, worth = padded.depth(), node_worth(padded, value)
+    depth, weight = padded.depth(), promise_weight(padded, value, acceptance)
     rank = np.where(padded.rank >= 0, padded.rank, blocks.shape[1] - 1)
     line = np.arange(len(drafts))
     reach = np.zeros((num_nodes, len(drafts), blocks.shape[2]), dtype=np.float32)
     reach[0] = 1.0
-    total = np.repeat(worth[:, :1], blocks.shape[2], axis=1)
+    total = np.repeat(weight[:, :1], blocks.shape[2], axis=1)
     for node in range(1, num_nodes):
         parent = padded.parent[:, node]
         reach[node] = reach[parent, line] * blocks[depth[:, node], rank[:, node]]
-        total += reach[node] * worth[:, node, None]
+        total += reach[node] * weight[:, node, None]
     return total
 
 

@@ -165,6 +165,31 @@ def node_worth(
     return worth
 
 
+def promise_weight(
+    drafts: Drafts,
+    # [2**k] of `state_values`
+    value: np.ndarray,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> np.ndarray:
+    """`[C, N]` what a node adds to a promise (`line_choice.py`), by the probability that its masks give it.
+
+    Its worth, times how much more or less often the statistics see the candidates on the way right after a
+    lower candidate than after a top one: a mask does not know which token comes before its own.
+    """
+    ratio = np.ones(acceptance.shape[2:])
+    np.divide(acceptance[0, 1], acceptance[0, 0], out=ratio, where=acceptance[0, 0] > 0)
+    depth, line = drafts.depth(), np.arange(len(drafts.parent))
+    rank = np.minimum(drafts.rank, ratio.shape[1] - 1)  # statistics may reach less far than a tree
+    often = np.ones(drafts.parent.shape)
+    for node in range(1, often.shape[1]):
+        parent = drafts.parent[:, node]
+        after_lower = ratio[depth[:, node] - 1, rank[:, node]]
+        lower = rank[line, parent] > 0
+        often[:, node] = often[line, parent] * np.where(lower, after_lower, 1.0)
+    return often * node_worth(drafts, value)
+
+
 def _chain(
     drafts: Drafts,
     # [S] ascending

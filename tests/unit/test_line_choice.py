@@ -11,11 +11,21 @@ from bita_vllm.tree_search import Draft, acceptance_table, padded_drafts
 from bita_vllm.tuning.process import state_values
 
 K, RANKS = 3, 10
-ACCEPTANCE = acceptance_table(None, K)
+
+
+def made_up_acceptance() -> np.ndarray:
+    """Another one after lower candidates than after top ones."""
+    after_top = acceptance_table(None, K)[0, 0]
+    after_lower = after_top * np.linspace(0.3, 1.6, RANKS)
+    return np.tile([after_top, after_lower], (K, 1, 1, 1))
+
+
+ACCEPTANCE = made_up_acceptance()
 BROAD = Template.build([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)], {0: 3, 1: 1})
 DEEP = Template.build([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)], {0: 3, 3: 1})
 LEAN = Template.build([(0, 0)], {0: 3, 1: 3})
-SETS = [TemplateSet((BROAD, DEEP, LEAN)), TemplateSet((Template.from_widths([5, 4, 3], K), DEEP))]
+FORK = Template.build([(0, 0), (0, 1), (2, 0), (2, 1), (1, 0)], {0: 3})
+SETS = [TemplateSet((BROAD, DEEP, LEAN, FORK)), TemplateSet((Template.from_widths([5, 4, 3], K), DEEP))]
 TABLE = TemplateTable(*(template for one in SETS for template in one.templates))
 CHOICE = LineChoice(SETS, ACCEPTANCE, torch.device("cpu"))
 
@@ -27,7 +37,10 @@ def promise(template, first, depths, probabilities):
     state = padded_drafts([Draft.of(cut)], cut.num_nodes).next_state(K)[0]
     reach = [1.0]
     for node in range(1, cut.num_nodes):
-        accepted = probabilities[cut.depth[node] - 1, cut.rank[node]]
+        place = cut.depth[node] - 1, cut.rank[node]
+        accepted = probabilities[place]
+        if cut.rank[cut.parent[node]] > 0:
+            accepted *= ACCEPTANCE[0, 1][place] / ACCEPTANCE[0, 0][place]
         reach.append(reach[cut.parent[node]] * accepted)
     stop = reach.copy()
     for node in range(1, cut.num_nodes):
@@ -40,9 +53,9 @@ def test_the_line_promises_most(seed):
     rng = np.random.default_rng(seed)
     index = seed % 2
     templates = SETS[index].templates
-    num_requests, deepest = 6, TABLE.max_depth
+    num_requests, deepest = 30, TABLE.max_depth
     depths = rng.integers(0, deepest + 1, num_requests)
-    probabilities = np.sort(rng.dirichlet([0.2] * 12, (num_requests, deepest)))[..., :1:-1]
+    probabilities = np.sort(rng.dirichlet([0.3] * 12, (num_requests, deepest)))[..., :1:-1]
     probabilities = np.ascontiguousarray(probabilities[..., :RANKS], dtype=np.float32)
     given = probabilities.copy()
     given[np.arange(deepest) >= depths[:, None]] = np.nan  # no candidates: anything may stand there
@@ -99,4 +112,4 @@ def test_values_of_states_by_hand():
 def test_candidates_that_are_always_right_leave_a_choice():
     certain = acceptance_table({"rank_probability": [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]}, K)
     choice = LineChoice(SETS, certain, torch.device("cpu"))
-    assert bool(choice.worth.isfinite().all())
+    assert bool(choice.weight.isfinite().all())
