@@ -93,9 +93,14 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
                 ["mixed.jsonl", "human.jsonl", "own4.jsonl"],
                 ["human.jsonl", "mixed.jsonl", "own4.jsonl", "own6.jsonl"],
                 ["own7.jsonl", "own6.jsonl"],
+                ["own8.jsonl", "human4.jsonl"],
             ],
         ),
-        ("smollm2-135m-instruct-no-deltas", None, [["human.jsonl", "own.jsonl"]]),
+        (
+            "smollm2-135m-instruct-no-deltas",
+            None,
+            [["human.jsonl", "own.jsonl"], ["own8.jsonl", "human4.jsonl"]],
+        ),
     ],
 )
 def test_shipped_adapters_load_and_say_where_they_come_from(

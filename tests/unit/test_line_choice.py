@@ -25,7 +25,10 @@ BROAD = Template.build([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)], {0: 3, 1: 1})
 DEEP = Template.build([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)], {0: 3, 3: 1})
 LEAN = Template.build([(0, 0)], {0: 3, 1: 3})
 FORK = Template.build([(0, 0), (0, 1), (2, 0), (2, 1), (1, 0)], {0: 3})
-SETS = [TemplateSet((BROAD, DEEP, LEAN, FORK)), TemplateSet((Template.from_widths([5, 4, 3], K), DEEP))]
+SETS = [
+    TemplateSet((BROAD, DEEP, LEAN, FORK)),
+    TemplateSet((Template.from_widths([5, 4, 3], K), DEEP)),
+]
 TABLE = TemplateTable(*(template for one in SETS for template in one.templates))
 CHOICE = LineChoice(SETS, ACCEPTANCE, torch.device("cpu"))
 
