@@ -177,16 +177,17 @@ def promise_weight(
     Its worth, times how much more or less often the statistics see the candidates on the way right after a
     lower candidate than after a top one: a mask does not know which token comes before its own.
     """
-    ratio = np.ones(acceptance.shape[2:])
-    np.divide(acceptance[0, 1], acceptance[0, 0], out=ratio, where=acceptance[0, 0] > 0)
-    depth, line = drafts.depth(), np.arange(len(drafts.parent))
-    rank = np.minimum(drafts.rank, ratio.shape[1] - 1)  # statistics may reach less far than a tree
-    often = np.ones(drafts.parent.shape)
-    for node in range(1, often.shape[1]):
+    after_top, after_lower = acceptance[0]  # [k, ranks]
+    ratio = np.divide(after_lower, after_top, out=np.ones_like(after_top), where=after_top > 0)
+    num_drafts, num_nodes = drafts.parent.shape
+    depth, line = drafts.depth(), np.arange(num_drafts)
+    rank = np.minimum(drafts.rank, acceptance.shape[3] - 1)  # a tree may reach further
+    often = np.ones((num_drafts, num_nodes))
+    for node in range(1, num_nodes):
         parent = drafts.parent[:, node]
-        after_lower = ratio[depth[:, node] - 1, rank[:, node]]
-        lower = rank[line, parent] > 0
-        often[:, node] = often[line, parent] * np.where(lower, after_lower, 1.0)
+        is_lower = rank[line, parent] > 0
+        own = np.where(is_lower, ratio[depth[:, node] - 1, rank[:, node]], 1.0)
+        often[:, node] = often[line, parent] * own
     return often * node_worth(drafts, value)
 
 
