@@ -150,21 +150,6 @@ def state_values(
     return values
 
 
-def node_worth(
-    drafts: Drafts,
-    # [2**k] of `state_values`
-    value: np.ndarray,
-) -> np.ndarray:
-    """`[C, N]` tokens that reaching a node brings: one, and what its predictions are worth over its parent's.
-
-    The root's parent has none.
-    """
-    value_at = value[drafts.next_state(len(value).bit_length() - 1)]
-    worth = 1.0 + value_at
-    worth[:, 1:] -= np.take_along_axis(value_at, drafts.parent[:, 1:], axis=1)
-    return worth
-
-
 def promise_weight(
     drafts: Drafts,
     # [2**k] of `state_values`
@@ -188,7 +173,22 @@ def promise_weight(
         is_lower = rank[line, parent] > 0
         own = np.where(is_lower, ratio[depth[:, node] - 1, rank[:, node]], 1.0)
         often[:, node] = often[line, parent] * own
-    return often * node_worth(drafts, value)
+    return often * _node_worth(drafts, value)
+
+
+def _node_worth(
+    drafts: Drafts,
+    # [2**k] of `state_values`
+    value: np.ndarray,
+) -> np.ndarray:
+    """`[C, N]` tokens that reaching a node brings: one, and what its predictions are worth over its parent's.
+
+    The root's parent has none.
+    """
+    value_at = value[drafts.next_state(len(value).bit_length() - 1)]
+    worth = 1.0 + value_at
+    worth[:, 1:] -= np.take_along_axis(value_at, drafts.parent[:, 1:], axis=1)
+    return worth
 
 
 def _chain(
