@@ -104,6 +104,8 @@ def engine(
         from bita_vllm.attention import prefill
 
         prefill.VERSIONS = ()
+    if args.gpu_memory_utilization:
+        options["gpu_memory_utilization"] = args.gpu_memory_utilization
     if speculative:
         options["speculative_config"] = {"method": "bita", **speculative}
     elif args.plain_backend:
@@ -386,6 +388,11 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=shared.ADAPTER,
         help="its adapter (default: the shipped one)",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        help="each engine's share of the GPU, where something else runs there too (default: vLLM's)",
     )
     add("--plain-backend", help="attention backend of plain vLLM (default: vLLM's own choice)")
     add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +37,12 @@ def package_version(*names: str) -> str:
 
 
 def git_sha() -> str:
-    """The checked-out commit ('+': with changes); 'unknown' where bita is not run from a checkout."""
+    """The checked-out commit ('+': with changes); 'unknown' where bita is not run from a checkout.
+
+    $BITA_GIT_SHA names it where a checkout has travelled without its .git.
+    """
+    if given := os.environ.get("BITA_GIT_SHA"):
+        return given
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:

@@ -178,6 +178,23 @@ def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_flex_attention_trains_as_tiles_do(tiny, monkeypatch, architecture):
+    """Compiled, in fp32, gradients too: what `bita train` runs on a GPU."""
+    model, batch = make_model(tiny(architecture).float().cuda(), rank=4).float(), make_case()
+    roots, ids = batch.roots.cuda(), batch.input_ids.cuda()
+    outcomes = []
+    for flex in (True, False):
+        monkeypatch.setattr(mask_attention, "use_flex", lambda query, flex=flex: flex)
+        hidden = model.mask_hidden(model.context(ids), roots)
+        gradients = torch.autograd.grad(hidden.square().sum(), list(model.parameters()))
+        outcomes.append([hidden.detach(), *gradients])
+    for got, expected in zip(*outcomes, strict=True):
+        assert expected.norm() > 0
+        assert (got - expected).norm() <= 1e-3 * expected.norm()
+
+
 def test_without_prompt_tokens(tiny):
     base = tiny("llama")
     twin = deepcopy(base)
