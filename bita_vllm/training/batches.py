@@ -6,6 +6,7 @@ never stopped.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 
 IGNORED = -100  # a target that is past the text's end
+LENGTH_STEP = 128  # tokens that a padded batch grows by
 
 
 class TokenSample(Protocol):
@@ -48,15 +50,22 @@ def make_batch(
     num_groups: int,
     max_length: int,
     rng: random.Random,
+    padded: bool = False,
 ) -> MaskBatch:
-    """Right-padded sequences with up to `num_groups` roots each, drawn without repeats."""
+    """Right-padded sequences with up to `num_groups` roots each, drawn without repeats.
+
+    `padded`: in shapes that are few, as compiled attention wants them: T in steps, G as asked for.
+    """
     texts = [[*sample.prompt_ids, *sample.answer_ids][:max_length] for sample in samples]
     drawn = []
     for sample in samples:
         usable = usable_roots(sample, max_length)
         drawn.append(sorted(rng.sample(usable, min(num_groups, len(usable)))))
-    width = max(map(len, drawn))
-    input_ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    width, length = max(map(len, drawn)), max(map(len, texts))
+    if padded:
+        length = min(max_length, math.ceil(length / LENGTH_STEP) * LENGTH_STEP)
+        width = min(num_groups, length)
+    input_ids = torch.zeros(len(texts), length, dtype=torch.long)
     roots = torch.zeros(len(texts), width, dtype=torch.long)
     targets = torch.full((len(texts), width, num_masks), IGNORED)
     for row, (text, places) in enumerate(zip(texts, drawn, strict=True)):

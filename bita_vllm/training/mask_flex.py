@@ -37,14 +37,17 @@ def visible(
     context_length: int,
     window: int | None,
 ) -> Callable[..., torch.Tensor]:
-    """(sequence, head, row, key) -> whether the row sees the key."""
-    first_row = num_prompt_tokens + context_length
+    """(sequence, head, row, key) -> whether the row sees the key.
+
+    What differs from batch to batch is in tensors: a number would be compiled in, once for each length.
+    """
+    first_rows = roots.new_full(roots.shape[:1], num_prompt_tokens + context_length)
 
     def rule(
         sequence: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
         group, place = row // num_masks, row % num_masks + 1
-        root = roots[sequence, group]
+        root, first_row = roots[sequence, group], first_rows[sequence]
         position = key - num_prompt_tokens
         of_prompt = key < num_prompt_tokens
         of_context = (key >= num_prompt_tokens) & (key < first_row) & (position <= root)

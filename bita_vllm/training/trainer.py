@@ -224,14 +224,15 @@ class Trainer:
 
     def _batch(self, step: int) -> MaskBatch:
         config = self.config
+        device = self.model.mask_embeddings.device
         batch = make_batch(
             [self.samples[index] for index in self.plan[step]],
             self.model.num_masks,
             config.groups,
             config.max_length,
             random.Random(f"{config.seed}/roots/{step}"),
+            padded=device.type == "cuda",
         )
-        device = self.model.mask_embeddings.device
         return MaskBatch(*(tensor.to(device) for tensor in vars(batch).values()))
 
     def _optimizer_states(self) -> dict[str, dict[str, Any]]:

@@ -179,10 +179,13 @@ def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
-def test_flex_attention_trains_as_tiles_do(tiny, monkeypatch, architecture):
+@pytest.mark.parametrize("num_groups", [7, 46])  # few rows and many have kernels of their own
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "three heads a KV head"])
+def test_flex_attention_trains_as_tiles_do(tiny, monkeypatch, architecture, num_groups):
     """Compiled, in fp32, gradients too: what `bita train` runs on a GPU."""
-    model, batch = make_model(tiny(architecture).float().cuda(), rank=4).float(), make_case()
+    three = {"hidden_size": 192, "num_attention_heads": 6}
+    base = tiny("llama", **three) if architecture.startswith("three") else tiny(architecture)
+    model, batch = make_model(base.float().cuda(), rank=4).float(), make_case(num_groups=num_groups)
     roots, ids = batch.roots.cuda(), batch.input_ids.cuda()
     outcomes = []
     for flex in (True, False):

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bita_vllm.adapter import Adapter, AdapterError
+from bita_vllm.training import mask_attention, mask_flex
 from bita_vllm.training.batches import IGNORED, BatchPlan, make_batch, usable_roots
 from bita_vllm.training.initial import new_model
 from bita_vllm.training.mask_lora import MaskLora
@@ -266,6 +267,40 @@ def test_long_texts_are_cut():
     batch = make_batch([sample], K, 500, 32, random.Random(0))
     assert batch.input_ids.shape == (1, 32)
     assert int(batch.roots.max()) == 29
+
+
+@pytest.mark.parametrize("max_length, length", [(2048, 128), (100, 100)])
+def test_padding_changes_shapes_and_not_the_loss(make_trainer, samples, max_length, length):
+    trainer = make_trainer(rank=2)
+    batches = [
+        make_batch(samples[:3], K, 60, max_length, random.Random(0), padded)
+        for padded in (False, True)
+    ]
+    assert batches[0].roots.shape[1] < 48 >= batches[0].input_ids.shape[1]
+    assert batches[1].input_ids.shape == (3, length) and batches[1].roots.shape == (3, 60)
+    plain, padded = (trainer.loss(batch) for batch in batches)
+    assert padded.statistics[3].tolist() == plain.statistics[3].tolist()
+    torch.testing.assert_close(padded.loss, plain.loss, rtol=1e-5, atol=0)
+
+
+def test_padded_batches_of_any_length_compile_attention_once(make_trainer, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiled_attention = torch.compile(mask_flex.flex_attention, dynamic=True, backend=backend)
+    monkeypatch.setattr(mask_flex, "flex_attention", compiled_attention)
+    monkeypatch.setattr(mask_attention, "use_flex", lambda query: True)
+    model, counts = make_trainer().model, []
+    for length in (30, 150, 210, 400):
+        data = [Sample([5] * 4, [7] * (length - n)) for n in range(4)]
+        batch = make_batch(data, K, 80, 2048, random.Random(0), padded=True)
+        with torch.no_grad():
+            model.mask_hidden(model.context(batch.input_ids), batch.roots)
+        counts.append(len(compiled))
+    assert counts[0] > 0 and len(set(counts)) == 1
 
 
 def test_every_sample_comes_once_an_epoch_beside_others_of_its_length():
