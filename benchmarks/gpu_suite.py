@@ -144,7 +144,8 @@ def correctness(case: str, arm: str, size: Size, args: argparse.Namespace) -> li
         prompts, dtype = some_prompts(size.prompts, 12, 512), "float32"
     else:
         prompts, dtype = shared.load_prompts(str(model))[: size.prompts], "bfloat16"
-    with engine(model, adapter, arm, args, dtype=dtype, max_model_len=1024) as core:
+    options = {"dtype": dtype, "max_model_len": 1024, "max_num_seqs": size.prompts}
+    with engine(model, adapter, arm, args, **options) as core:
         completions = finished(core, prompts, greedy(size.max_tokens, logprobs=2))
         layers = core.vllm_config.compilation_config.static_forward_context.values()
         flash = {getattr(layer.impl, "flash", None) is not None for layer in layers}
