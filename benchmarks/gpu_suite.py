@@ -33,7 +33,7 @@ from provenance import ROOT, provenance
 PARTS = ("correctness", "kernels", "steps", "throughput")
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_MASKS = 3
-# arm -> tree; with three masks a block has 4 * (1 + nodes) rows
+# arm -> tree of an adapter without statistics; with three masks a block has 4 * (1 + nodes) rows
 ARMS = {"plain": None, "bita 16 rows": "2,1", "bita 52 rows": "5,4,3"}
 # in correctness only, to compare with prefill in FlashAttention
 TRITON_PREFILL = "bita 16 rows, prefill in Triton"
@@ -85,8 +85,7 @@ def engine(
     model: Path, adapter: Path, arm: str, args: argparse.Namespace, **options: Any
 ) -> Iterator[Any]:
     """vLLM's engine for an arm; with `--dry` the V2 runner interpreted, as the tests have it."""
-    tree = ARMS[arm]
-    speculative = {"model": str(adapter), "tree": tree} if tree else None
+    speculative = None if arm == "plain" else {"model": str(adapter), **block(adapter, arm)}
     if args.dry:
         from e2e import engines
 
@@ -115,6 +114,15 @@ def engine(
         yield llm.llm_engine
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def block(adapter: Path, arm: str) -> dict[str, Any]:
+    """An adapter with statistics has its own trees for an arm's rows: what users get by default."""
+    from bita_vllm.adapter import AdapterConfig
+
+    if AdapterConfig.load(adapter).acceptance:
+        return {"num_speculative_tokens": int(arm.split()[1]) - 1}
+    return {"tree": ARMS[arm]}
 
 
 def greedy(max_tokens: int, **options: Any) -> Any:
