@@ -247,6 +247,9 @@ CASES = {
 }
 
 
+ALL_CASES = sorted({case for sizes in CASES.values() for case in sizes[False]})
+
+
 # --- All arms: a process each ---------------------------------------------------------------------
 
 
@@ -274,7 +277,7 @@ def run_arm(
 def run_part(part: str, args: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """Header and rows for the terminal; the CSV is written."""
     rows: list[dict[str, Any]] = []
-    for case in CASES[part][args.dry]:
+    for case in args.case or CASES[part][args.dry]:
         plain: list[dict[str, Any]] | None = None
         arms = (DRY if args.dry else FULL).arms
         if (part, case) == ("correctness", "embedded"):  # fp32 has no FlashAttention
@@ -386,6 +389,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--case", nargs="+", choices=ALL_CASES, help="of the parts (default: all of a part)")
     add(
         "--dry",
         action="store_true",

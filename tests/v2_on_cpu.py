@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
+from inspect import signature
 from types import SimpleNamespace
 
 RUNNER_ENVIRONMENT = {
@@ -103,6 +104,26 @@ def write_kv(
             rows = (rows / scale).clamp(-most, most).to(cache.dtype).view(torch.uint8)
             cache = cache.view(torch.uint8)
         cache[block, offset] = rows
+
+
+def minding_types(sample):
+    """vLLM's `Sampler.sample`, refusing types that its kernels do not compile for: the interpreter takes any."""
+    import torch
+
+    expected = {
+        "pos": torch.int64,
+        "input_ids": torch.int32,
+        "expanded_local_pos": torch.int32,
+    }
+
+    @wraps(sample)
+    def checked(*args, **kwargs):
+        given = signature(sample).bind(*args, **kwargs).arguments
+        types = {name: given[name].dtype for name in expected}
+        assert types == expected, types
+        return sample(*args, **kwargs)
+
+    return checked
 
 
 def __getattr__(name: str) -> type:

@@ -225,7 +225,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             zeros[:1],
             np.zeros(1, dtype=np.intp),
             zeros,
-            zeros,
+            zeros.int(),
             zeros.int(),
             np.ones(1, dtype=np.int32),
         )

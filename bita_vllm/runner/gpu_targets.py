@@ -184,7 +184,7 @@ class TreeSampler:
             nodes.slots,
             nodes.slots_np,
             positions,
-            tokens,
+            tokens.int(),  # as vLLM's kernels are compiled for
             local_positions,
             nodes.seq_lens_np,
             return_logprobs=wants_logprobs,

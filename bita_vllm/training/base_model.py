@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,11 +60,12 @@ def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
 
 
 def choose_device(device: str) -> str:
-    """'auto': the GPU if there is one."""
+    """'auto': the GPU if there is one. CUDA is not touched: vLLM may fork its engine from this process."""
     import torch
 
     if device != "auto":
         return device
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -54,8 +54,8 @@ def visible(
         other_group, other_place = (key - first_row) // num_masks, (key - first_row) % num_masks + 1
         of_group = (key >= first_row) & (other_group == group) & (other_place <= place)
         if window is not None:
-            of_context &= root + place - position < window
-            of_group &= place - other_place < window
+            of_context = of_context & (root + place - position < window)
+            of_group = of_group & (place - other_place < window)
         return of_prompt | of_context | of_group
 
     return rule

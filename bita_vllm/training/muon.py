@@ -49,23 +49,26 @@ class Muon(torch.optim.Optimizer):
         """One step of every parameter that has a gradient."""
         for group in self.param_groups:
             for same in _by_shape(p for p in group["params"] if p.grad is not None):
-                directions = torch.stack([self._direction(p, group["momentum"]) for p in same])
+                directions = torch.stack(self._directions(same, group["momentum"]))
                 size = group["lr"] * ADAMW_SIZE * math.sqrt(max(directions.shape[1:]))
-                for parameter, step in zip(same, orthogonalised(directions), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(step, alpha=size)
+                # Hundreds of small matrices: an operation for all of them is launched once on a GPU.
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(same, orthogonalised(directions).unbind(), alpha=size)
 
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
-        average = state.setdefault("momentum", torch.zeros_like(parameter))
-        average.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(average, momentum)
+    def _directions(
+        self, parameters: tuple[nn.Parameter, ...], momentum: float
+    ) -> tuple[torch.Tensor, ...]:
+        gradients = [p.grad for p in parameters if p.grad is not None]  # all have one
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        averages = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, averages, momentum)
 
 
-def _by_shape(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _by_shape(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, ...]]:
     by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
-    return list(by_shape.values())
+    return list(map(tuple, by_shape.values()))

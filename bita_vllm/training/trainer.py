@@ -188,8 +188,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
         for optimizer, _ in self.optimizers:
             optimizer.step()
-        for name, average in self.average.items():
-            average.lerp_(self.parameters[name].detach(), 1 - config.ema)
+        if self.average:
+            last = [self.parameters[name].detach() for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), last, 1 - config.ema)
         self.step += 1
         row = self.curve.add(
             step=self.step,

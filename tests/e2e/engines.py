@@ -71,7 +71,9 @@ def in_this_process(num_ranks: int = 1) -> Iterator[None]:
             from vllm.v1.attention.backends import triton_attn
             from vllm.v1.attention.ops import triton_unified_attention
             from vllm.v1.sample.ops import topk_topp_sampler
+            from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+            patch.setattr(Sampler, "sample", v2_on_cpu.minding_types(Sampler.sample))
             patch.setattr(bita_config, "on_gpu", lambda: True)
             patch.setattr(bita_config, "GPU_WORKER_CLS", "v2_on_cpu.Worker")
             patch.setattr(triton_attn, "triton_reshape_and_cache_flash", v2_on_cpu.write_kv)
