@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from bita_vllm.cli import main
+from bita_vllm.training.base_model import choose_device
 from bita_vllm.training.train_command import parse_layers
 
 RUN = ["--steps", "3", "--batch-size", "5", "--groups", "8", "--dtype", "float32"]
@@ -187,3 +188,16 @@ def test_out_of_memory_names_the_knobs(model, data, tmp_path, capsys, monkeypatc
 
 def test_layers_are_numbers_and_ranges():
     assert parse_layers("0-2,5,4-5") == [0, 1, 2, 4, 5]
+
+
+def test_looking_for_a_gpu_leaves_cuda_alone(monkeypatch):
+    """torch's own look forbids CUDA in forked children, of which vLLM's engine is one; NVML's does not."""
+    looks = []
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_available",
+        lambda: looks.append(os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]) or True,
+    )
+    assert choose_device("auto") == "cuda"
+    assert looks == ["1"]
