@@ -318,6 +318,10 @@ class BlockOutput(AsyncModelRunnerOutput):
     def __init__(self, output: AsyncOutput) -> None:
         self._output = output
 
+    def get_kv_connector_output(self) -> Any:
+        """vLLM 0.33 asks for it; 0.32 does not."""
+        return self._output.get_kv_connector_output()
+
     def get_output(self) -> ModelRunnerOutput:
         result, tokens = self._output.get_output(), self._output.sampled_token_ids
         if tokens.shape[1] > 1:  # a step with blocks

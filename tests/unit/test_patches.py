@@ -6,8 +6,10 @@
     python tests/unit/test_patches.py 0.33.0 /tmp/vllm_0_33/vllm
 """
 
+import ast
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,12 @@ from bita_vllm.hooks import PREFILL_HOOKS
 
 SIGNATURES = Path(__file__).parents[1] / "data" / "vllm_0_33_signatures.json"
 HOOKS = patches.PATCHES + patches.OVERRIDES + PREFILL_HOOKS
+# abstract class of vLLM -> ours
+SUBCLASSES = {
+    "vllm.v1.outputs:AsyncModelRunnerOutput": "bita_vllm.runner.gpu:BlockOutput",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "bita_vllm.runner.gpu_speculator:BlockSpeculator",
+    "vllm.model_executor.layers.linear:LinearMethodBase": "bita_vllm.runner.mask_lora:MaskLoraMethod",
+}
 
 
 @pytest.fixture
@@ -62,6 +70,18 @@ def test_vllm_0_33_has_every_hook():
     recorded = json.loads(SIGNATURES.read_text())
     assert recorded["vllm_version"] == "0.33.0"
     assert compare_signatures(recorded["signatures"], HOOKS) == []
+
+
+@pytest.mark.parametrize("base", SUBCLASSES)
+def test_our_classes_have_what_vllm_0_33_wants(base):
+    """An abstract method that is missing shows when an object is made: on a GPU, in the first step."""
+    module, _, name = SUBCLASSES[base].partition(":")
+    ours = getattr(import_module(module), name)
+    wanted = json.loads(SIGNATURES.read_text())["abstract_methods"][base]
+    assert wanted
+    for method in wanted:
+        assert callable(getattr(ours, method))
+        assert not getattr(getattr(ours, method), "__isabstractmethod__", False), method
 
 
 def test_every_hook_says_why():
@@ -175,13 +195,28 @@ def test_a_failure_of_ours_never_reaches_vllm(monkeypatch):
     plugin.register()
 
 
+def abstract_methods(package_dir: str, target: str) -> list[str]:
+    """Of a class in a vLLM source tree: what a subclass must have."""
+    module, name = target.split(":")
+    path = Path(package_dir).joinpath(*module.split(".")[1:]).with_suffix(".py")
+    classes = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef))
+    methods = next(c.body for c in classes if c.name == name)
+    return [
+        method.name
+        for method in methods
+        if isinstance(method, ast.FunctionDef)
+        and any("abstractmethod" in ast.unparse(d) for d in method.decorator_list)
+    ]
+
+
 def write_signatures(version: str, package_dir: str) -> None:
-    """Record the signatures of every hook in a vLLM source tree."""
+    """Record the signatures of every hook in a vLLM source tree, and what its abstract classes want."""
     content = {
         "about": "Signatures of the hooks of bita_vllm/patches.py in the source of vLLM's wheel; "
         "the docstring of tests/unit/test_patches.py says how to make it again.",
         "vllm_version": version,
         "signatures": source_signatures(package_dir, HOOKS),
+        "abstract_methods": {base: abstract_methods(package_dir, base) for base in SUBCLASSES},
     }
     SIGNATURES.write_text(json.dumps(content, indent=1) + "\n")
 
