@@ -33,7 +33,10 @@ def main() -> None:
     )
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument(
-        "--cases", nargs="+", default=["4x256x64", "1x1024x64"], metavar="SEQUENCESxTOKENSxGROUPS"
+        "--cases",
+        nargs="+",
+        default=["4x256x64", "1x1024x64", "1x2048x64"],
+        metavar="SEQUENCESxTOKENSxGROUPS",
     )
     parser.add_argument("--lora-rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2, help="timed steps a process")

@@ -37,8 +37,9 @@ def logits(
     batch, length = input_ids.shape
     num_groups, k = roots.shape[1], len(weights.mask_embeddings)
     scale = sqrt(base.config.hidden_size) if base.config.model_type == "gemma2" else 1.0
+    tokens = base.get_input_embeddings()(input_ids)
     masks = (weights.mask_embeddings * scale).repeat(num_groups, 1).expand(batch, -1, -1)
-    embeddings = torch.cat([base.get_input_embeddings()(input_ids), masks], dim=1)
+    embeddings = torch.cat([tokens, masks.to(tokens.dtype)], dim=1)
     rows = length + num_groups * k
     positions = torch.empty(batch, rows, dtype=torch.long)
     visible = torch.zeros(batch, rows, rows, dtype=torch.bool)
@@ -76,8 +77,9 @@ def loss(
 ) -> torch.Tensor:
     """Weighted mean over rows of chance ** reach_power * ((1 - distill) * CE + distill * KL)."""
     b, g, j = (targets != -100).nonzero(as_tuple=True)
-    rows = mask_logits[b, g, j].log_softmax(-1)
-    own = token_logits[b, roots[b, g] + 1 + j].detach().log_softmax(-1)
+    wide = torch.promote_types(mask_logits.dtype, torch.float32)  # half precision is widened
+    rows = mask_logits[b, g, j].to(wide).log_softmax(-1)
+    own = token_logits[b, roots[b, g] + 1 + j].detach().to(wide).log_softmax(-1)
     cross_entropy = F.nll_loss(rows, targets[b, g, j], reduction="none")
     divergence = (own.exp() * (own - rows)).sum(-1)
     losses = (1 - distill) * cross_entropy + distill * divergence
@@ -105,16 +107,20 @@ def attention(
     batch = len(query)
     if sliding_window:
         visible = visible & (positions[:, :, None] - positions[:, None] < sliding_window)
-    prompt_keys, prompt_values = (part[int(module.layer_idx)] for part in naive_prompt)
+    prompt_keys, prompt_values = (
+        part[int(module.layer_idx)].to(key.dtype) for part in naive_prompt
+    )
     key = torch.cat([prompt_keys.transpose(0, 1).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([prompt_values.transpose(0, 1).expand(batch, -1, -1, -1), value], dim=2)
     sees_prompt = is_mask[:, None].expand(batch, -1, len(prompt_keys))
     visible = torch.cat([sees_prompt, visible], dim=2)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    if softcap is None:
+        mask = visible[:, None]
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return output.transpose(1, 2), None
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
 
@@ -131,7 +137,8 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, rows, in] -> [B, rows, out]; OPT hands over [B * rows, in]"""
-        delta = F.linear(x, self.scale * self.b @ self.a)
+        low = F.linear(x, self.a.to(x.dtype))
+        delta = self.scale * F.linear(low, self.b.to(x.dtype))
         on = self.is_mask.repeat(x.shape[0] // len(self.is_mask)) if x.dim() == 2 else self.is_mask
         return self.linear(x) + delta * on[:, None].to(x.dtype)
 
