@@ -67,6 +67,8 @@ def assert_refused(action: Any, *facts: object) -> None:
 
 # Loading, saving, making
 
+ON_A_GPU = [*(f"human{n}.jsonl" for n in (4, 5, 6)), *(f"own{n}.jsonl" for n in (11, 12, 8))]
+
 
 @pytest.mark.parametrize("num_prompt", [0, 1, 4], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -94,12 +96,13 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: torch.dtype, num_prompt: int
                 ["human.jsonl", "mixed.jsonl", "own4.jsonl", "own6.jsonl"],
                 ["own7.jsonl", "own6.jsonl"],
                 ["own8.jsonl", "human4.jsonl"],
+                ON_A_GPU,
             ],
         ),
         (
             "smollm2-135m-instruct-no-deltas",
             None,
-            [["human.jsonl", "own.jsonl"], ["own8.jsonl", "human4.jsonl"]],
+            [["human.jsonl", "own.jsonl"], ["own8.jsonl", "human4.jsonl"], ON_A_GPU],
         ),
     ],
 )
