@@ -10,7 +10,7 @@ from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from bita_vllm.adapter import AdapterError, ModelShape, random_adapter
-from bita_vllm.training import mask_attention
+from bita_vllm.training import mask_attention, mask_flex
 from bita_vllm.training.batches import IGNORED, MaskBatch
 from bita_vllm.training.loss import mask_loss
 from bita_vllm.training.mask_lora import MaskLora
@@ -176,6 +176,21 @@ def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
         monkeypatch.setattr(mask_attention, "use_flex", lambda query: True)
         hidden = model.mask_hidden(context, batch.roots)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_flex_attention_compiles(tiny, monkeypatch, architecture):
+    """Its rule and its softcap, in torch's compiler: on a CPU forward only, but by the same lowering as on a GPU."""
+    compiled = torch.compile(mask_flex.flex_attention, dynamic=False)
+    model, batch = make_model(tiny(architecture).float()).float(), make_case()
+    with torch.no_grad():
+        context = model.context(batch.input_ids)
+        expected = model.mask_hidden(context, batch.roots)
+        monkeypatch.setattr(mask_attention, "use_flex", lambda query: True)
+        monkeypatch.setattr(mask_flex, "flex_attention", compiled)
+        hidden = model.mask_hidden(context, batch.roots)
+    torch.testing.assert_close(hidden, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
