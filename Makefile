@@ -40,10 +40,8 @@ $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
 test: venv
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS)
 	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
-	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(addprefix tests/e2e/test_,gpu_runner.py gpu_faults.py gpu_suite.py \
+	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py gpu_faults.py gpu_suite.py \
 		request_features.py ladder.py template_sets.py tune.py structured_output.py tensor_parallel.py lossless_architectures.py) $(ARGS)
-	with=$$($(BIN)/python tests/vllm_0_33.py) && PYTHONPATH=$$with $(BIN)/pytest -n 2 --dist loadscope --runner gpu \
-		$(addprefix tests/e2e/test_,gpu_runner.py structured_output.py) $(ARGS)
 
 quality: venv
 	$(BIN)/ruff format --check .

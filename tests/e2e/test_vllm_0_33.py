@@ -1,0 +1,38 @@
+"""The GPU runner's tests on vLLM 0.33, the version for GPUs; CI's own is 0.32."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vllm_0_33
+from e2e.engines import ON_GPU_RUNNER
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ON_GPU_RUNNER, reason="runs with --runner gpu"),
+]
+FILES = [
+    Path(__file__).with_name(f"test_{name}.py") for name in ("gpu_runner", "structured_output")
+]
+
+
+def test_gpu_runner_and_structured_output():
+    try:
+        overlay = vllm_0_33.overlay_dir()
+    except subprocess.CalledProcessError:
+        pytest.skip("vLLM 0.33's wheel cannot be downloaded here")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(overlay)
+    asked = subprocess.run(
+        [sys.executable, "-c", "import vllm; print(vllm.__version__)"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert asked.stdout.split() == [vllm_0_33.VERSION], asked.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "--runner", "gpu", *FILES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0
