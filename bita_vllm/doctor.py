@@ -210,8 +210,8 @@ def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _source_signature(package_dir: Path, target: str) -> str | None:
-    """As `patches.signature_text`, of the module's or class's own function of that name."""
+def source_node(package_dir: Path, target: str) -> Any:
+    """A module's or class's own definition of that name in a vLLM source tree, None if it is not there."""
     module_name, qualname = target.split(":")
     base = package_dir.joinpath(*module_name.split(".")[1:])
     path = next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
@@ -222,6 +222,12 @@ def _source_signature(package_dir: Path, target: str) -> str | None:
         node = next((n for n in node.body if getattr(n, "name", None) == part), None)
         if node is None:
             return None
+    return node
+
+
+def _source_signature(package_dir: Path, target: str) -> str | None:
+    """As `patches.signature_text`, of the module's or class's own function of that name."""
+    node = source_node(package_dir, target)
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return None
     a = node.args

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,20 +48,27 @@ class EmbeddedModelError(RuntimeError):
 
 
 def embedded_model_dir() -> Path:
-    """Return the Hugging Face directory of the embedded model, converted first when it is missing.
+    """Return the Hugging Face directory of the embedded model, converted first when it is missing."""
+    return cached_dir(
+        "smollm2-135m-instruct", lambda folder: convert(download_gguf(folder.parent), folder)
+    )
 
-    It lies in $BITA_CACHE, else $XDG_CACHE_HOME, else ~/.cache, and appears there by one rename:
-    never half done.
+
+def cached_dir(name: str, make: Callable[[Path], None]) -> Path:
+    """The directory `name` of our cache; if it is missing, `make` fills an empty one, whose parent is scratch space.
+
+    The cache lies in $BITA_CACHE, else $XDG_CACHE_HOME, else ~/.cache, and a directory appears there by one
+    rename: never half done.
     """
     root = os.environ.get("BITA_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    target = Path(root).expanduser() / "bita" / "smollm2-135m-instruct"
+    target = Path(root).expanduser() / "bita" / name
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / "model"
+        made = Path(scratch) / "made"
         made.mkdir()
-        convert(download_gguf(Path(scratch)), made)
+        make(made)
         try:
             made.rename(target)
         except OSError:  # another process was first

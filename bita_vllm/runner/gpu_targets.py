@@ -29,7 +29,7 @@ class NodeRows:
 
     Attributes:
         rows: `[B, N]` int64, row of the step.
-        tokens: `[B, N]` int64, input token.
+        tokens: `[B, N]` int32, input token, the only type that vLLM's kernels compile with.
         positions: `[B, N]` int64, position in the sequence.
         logits: `[B * N, V]`.
         slots: `[B]` int64, vLLM's place of each request; slots_np on the host.
@@ -57,7 +57,7 @@ class NodeRows:
         """For the requests of `part`."""
         return cls(
             rows,
-            input_batch.input_ids[rows].long(),
+            input_batch.input_ids[rows],
             input_batch.positions[rows],
             logits,
             input_batch.idx_mapping[part],
@@ -132,7 +132,7 @@ class TreeSampler:
         request = torch.arange(num_requests, device=line.device)
         node = torch.zeros_like(request)
         walking = torch.ones_like(request, dtype=torch.bool)
-        targets = torch.full_like(nodes.tokens, -1)
+        targets = torch.full_like(nodes.rows, -1)
         parent = self.parent[line.clamp(min=0).long(), :num_nodes]
         is_child = (parent >= 0) & (line >= 0)[:, None]
         path, processed_steps = node[:, None], []
@@ -172,7 +172,7 @@ class TreeSampler:
         rows_each: int,
         # [B * n] int64
         positions: torch.Tensor,
-        # [B * n] int64
+        # [B * n] int32
         tokens: torch.Tensor,
         # [B * n] int32, index in a chain of drafts
         local_positions: torch.Tensor,
@@ -184,7 +184,7 @@ class TreeSampler:
             nodes.slots,
             nodes.slots_np,
             positions,
-            tokens.int(),  # as vLLM's kernels are compiled for
+            tokens,
             local_positions,
             nodes.seq_lens_np,
             return_logprobs=wants_logprobs,

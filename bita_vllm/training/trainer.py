@@ -30,6 +30,7 @@ from bita_vllm.training.checkpoint import load_checkpoint, save_checkpoint
 from bita_vllm.training.curves import Curve
 from bita_vllm.training.distributed import Processes
 from bita_vllm.training.loss import LossResult, mask_loss, mask_weights
+from bita_vllm.training.mask_attention import use_flex
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.muon import Muon
 
@@ -225,16 +226,16 @@ class Trainer:
 
     def _batch(self, step: int) -> MaskBatch:
         config = self.config
-        device = self.model.mask_embeddings.device
+        weights = self.model.mask_embeddings
         batch = make_batch(
             [self.samples[index] for index in self.plan[step]],
             self.model.num_masks,
             config.groups,
             config.max_length,
             random.Random(f"{config.seed}/roots/{step}"),
-            padded=device.type == "cuda",
+            padded=use_flex(weights),
         )
-        return MaskBatch(*(tensor.to(device) for tensor in vars(batch).values()))
+        return MaskBatch(*(tensor.to(weights.device) for tensor in vars(batch).values()))
 
     def _optimizer_states(self) -> dict[str, dict[str, Any]]:
         """By name of the parameter, and live: what is put in counts."""

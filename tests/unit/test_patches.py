@@ -21,7 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from bita_vllm import patches, plugin
 from bita_vllm.config import ConfigError
-from bita_vllm.doctor import check_source, compare_signatures, source_signatures
+from bita_vllm.doctor import check_source, compare_signatures, source_node, source_signatures
 from bita_vllm.hooks import PREFILL_HOOKS
 
 SIGNATURES = Path(__file__).parents[1] / "data" / "vllm_0_33_signatures.json"
@@ -197,13 +197,9 @@ def test_a_failure_of_ours_never_reaches_vllm(monkeypatch):
 
 def abstract_methods(package_dir: str, target: str) -> list[str]:
     """Of a class in a vLLM source tree: what a subclass must have."""
-    module, name = target.split(":")
-    path = Path(package_dir).joinpath(*module.split(".")[1:]).with_suffix(".py")
-    classes = (n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef))
-    methods = next(c.body for c in classes if c.name == name)
     return [
         method.name
-        for method in methods
+        for method in source_node(Path(package_dir), target).body
         if isinstance(method, ast.FunctionDef)
         and any("abstractmethod" in ast.unparse(d) for d in method.decorator_list)
     ]

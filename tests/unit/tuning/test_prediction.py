@@ -56,15 +56,15 @@ def test_predicted_accepted_length_is_the_replayed_one():
     """
     for answers in ("own_prompts", "mt_bench"):
         found = errors(recorded_ranks(answers), recorded_ranks(answers))
-        assert abs(found.pop("chain")) < 0.07
+        assert abs(found.pop("chain")) < 0.06
         assert max(map(abs, found.values())) < 0.04
 
 
 def test_statistics_of_one_set_of_prompts_hold_on_another():
     """Of the model's own prompts, which its own masks guess better, on MT-Bench; training saw neither."""
     found = errors(recorded_ranks("own_prompts"), recorded_ranks("mt_bench"))
-    assert abs(found.pop("chain")) < 0.07
-    assert max(map(abs, found.values())) < 0.045
+    assert abs(found.pop("chain")) < 0.06
+    assert max(map(abs, found.values())) < 0.04
 
 
 def test_statistics_of_some_answers_hold_on_others():
