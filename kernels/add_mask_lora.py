@@ -1,14 +1,20 @@
-"""Low-rank deltas of a linear layer, for a step's mask rows only: two launches a layer.
+"""Low-rank deltas of a linear layer, for a step's mask rows only: one launch a layer.
 
-`shrink` reads A once: x of the mask rows times A, split along the input features so that few rows fill the
-machine. `expand` sums the splits, in their order, multiplies by B and adds to the output. Both read which
-rows, and how many, from the device: the launch depends on shapes alone, and a CUDA graph can hold it. With no
-mask rows both end at once. No atomics: each number is written by one program, always in the same order.
+The launch holds two kinds of programs, and one more. The first ones *shrink*: x of the mask rows times A, split along
+the input features so that few rows fill the machine. Those after them *expand*: they fetch B and the
+output, wait until the shrink programs of their row tile have arrived, sum the splits in their order, multiply by B
+and add. The last program *closes*: when all have passed it sets the counts of arrivals back to zero.
+
+Which rows, and how many, are read from the device: the launch depends on shapes alone, and a CUDA graph can hold
+it. With no mask rows all programs end at once. Atomics count arrivals and nothing else: each number is written
+by one program, always in the same order. A program waits only for programs in front of it in the grid, and those
+never wait; a GPU starts them in that order, so a grid larger than the machine ends, too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -17,33 +23,91 @@ import triton.language as tl
 from .checks import TRITON_TYPES, check_device, check_tensor
 from .shipped import Shipped
 
+# Mask rows of a tile: the fewest that tensor cores multiply.
+ROW_TILE = 16
 # Row tiles of a launch that run side by side; the rest in turn. Steps have few mask rows but may have
 # thousands of others, and the launch cannot know.
 MAX_ROW_PROGRAMS = 8
+# Each expand program holds all splits of a row's low features: so many splits, and so many numbers.
+MAX_SPLITS = 16
+MAX_LOW = 1024
+# Element size -> bytes of B that each warp of an expand program keeps in registers. Products in fp32 do not
+# go to tensor cores and want registers of their own.
+B_BYTES = {2: 4 * 1024, 4: 2 * 1024}
+NUM_STAGES = 4
+_SIZES = (
+    "capacity",
+    "num_rows",
+    "row_programs",
+    "max_tiles",
+    "in_features",
+    "low_features",
+    "x_stride",
+    "out_stride",
+)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of both kernels; never a function of the batch.
+    """Of one layer; never a function of the batch.
 
     Attributes:
         rows: mask rows of a tile.
-        low: stacked low features of a tile of `shrink`.
-        split: input features that one program of `shrink` sums up; `step`: at once.
-        out: output columns of a tile of `expand`; `rank`: low features that it multiplies at once.
+        split: input features that one shrink program sums up; `step`: at once.
+        low: stacked low features of a shrink program.
+        rank: low features that an expand program multiplies, at least the layer's rank.
+        out: output columns of an expand program.
     """
 
-    rows: int = 16
-    low: int = 64
-    split: int = 512
-    step: int = 64
-    out: int = 64
-    rank: int = 32
-    # With 4, `expand` spills a few bytes on sm_90 and sm_100 (python -m bita_kernels.aot).
-    expand_warps: int = 8
+    rows: int
+    split: int
+    step: int
+    low: int
+    rank: int
+    out: int
+    warps: int
+
+    def constexprs(self, num_parts: int, rank: int, in_features: int) -> dict[str, int]:
+        """What the kernel of a layer is compiled for."""
+        num_splits = triton.cdiv(in_features, self.split)
+        return {
+            "NUM_PARTS": num_parts,
+            "RANK": rank,
+            "NUM_SPLITS": num_splits,
+            "BLOCK_SPLITS": triton.next_power_of_2(num_splits),
+            "SPLIT": self.split,
+            "BLOCK_M": self.rows,
+            "BLOCK_LOW": self.low,
+            "BLOCK_K": self.step,
+            "BLOCK_N": self.out,
+            "BLOCK_RANK": self.rank,
+        }
 
 
-TILES = Tiles()
+@cache
+def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
+    """The tiles of a layer: what compiles without spills, and the fewest bytes in the way of a few rows."""
+    padded = max(16, triton.next_power_of_2(rank))
+    warps = 4 if padded <= 32 else 8
+    columns = warps * B_BYTES[element_size] // (padded * element_size)
+    max_splits = max(1, min(MAX_SPLITS, MAX_LOW // padded))
+    return Tiles(
+        rows=ROW_TILE,
+        split=max(512, triton.next_power_of_2(triton.cdiv(in_features, max_splits))),
+        step=256 // element_size,
+        low=min(padded, 32),
+        rank=padded,
+        out=min(max(columns, 64), 32 * warps),
+        warps=warps,
+    )
+
+
+def make_arrivals(capacity: int, device: torch.device) -> torch.Tensor:
+    """`[2, row tiles]` int32 zeros: the counts of arrivals of a launch with up to `capacity` mask rows.
+
+    All layers whose launches follow one another on a stream share it.
+    """
+    return torch.zeros(2, triton.cdiv(capacity, ROW_TILE), dtype=torch.int32, device=device)
 
 
 def add_mask_lora(
@@ -61,6 +125,8 @@ def add_mask_lora(
     mask_rows: torch.Tensor,
     # [1] int64, how many they are
     num_mask_rows: torch.Tensor,
+    # [2, row tiles] int32 of make_arrivals: zeros before and after
+    arrivals: torch.Tensor,
 ) -> None:
     """`output[r, columns of part p] += B_p A_p x[r]` for every mask row r; other rows are not touched.
 
@@ -69,79 +135,195 @@ def add_mask_lora(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    check_device(_shrink_kernel, output.device)
-    _check(output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows)
-    num_rows, in_features = x.shape
-    low_features, rank = lora_a.shape[0], lora_b.shape[1]
+    check_device(_add_mask_lora_kernel, output.device)
+    _check(output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows, arrivals)
+    (num_rows, in_features), low_features = x.shape, len(lora_a)
     capacity = min(num_rows, len(mask_rows))
     if capacity == 0:
         return
-    num_splits = triton.cdiv(in_features, TILES.split)
-    row_programs = min(triton.cdiv(capacity, TILES.rows), MAX_ROW_PROGRAMS)
+    tiles = choose_tiles(in_features, lora_b.shape[1], x.element_size())
+    constexprs = tiles.constexprs(len(parts), lora_b.shape[1], in_features)
+    num_splits = constexprs["NUM_SPLITS"]
+    row_programs = min(triton.cdiv(capacity, tiles.rows), MAX_ROW_PROGRAMS)
+    shrink_programs = triton.cdiv(low_features, tiles.low) * num_splits
+    # Every part but the first may begin a tile of its own.
+    expand_programs = triton.cdiv(output.shape[1], tiles.out) + len(parts) - 1
     low = torch.empty(num_splits, capacity, low_features, dtype=torch.float32, device=x.device)
-    _shrink_kernel[row_programs, triton.cdiv(low_features, TILES.low), num_splits](
+    _add_mask_lora_kernel[(row_programs * (shrink_programs + expand_programs) + 1,)](
+        output,
         x,
         lora_a,
-        low,
-        mask_rows,
-        num_mask_rows,
-        capacity,
-        num_rows,
-        in_features,
-        low_features,
-        x.stride(0),
-        SPLIT=TILES.split,
-        BLOCK_M=TILES.rows,
-        BLOCK_N=TILES.low,
-        BLOCK_K=TILES.step,
-    )
-    _expand_kernel[row_programs, triton.cdiv(output.shape[1], TILES.out), len(parts)](
-        output,
-        low,
         lora_b,
         parts,
         mask_rows,
         num_mask_rows,
+        low,
+        arrivals,
         capacity,
         num_rows,
-        num_splits,
+        row_programs,
+        arrivals.stride(0),
+        in_features,
         low_features,
+        x.stride(0),
         output.stride(0),
-        RANK=rank,
-        BLOCK_RANK=TILES.rank,
-        BLOCK_M=TILES.rows,
-        BLOCK_N=TILES.out,
-        num_warps=TILES.expand_warps,
+        **constexprs,
+        num_warps=tiles.warps,
+        num_stages=NUM_STAGES,
     )
 
 
 # Sizes that change from step to step: not worth a compilation of their own.
-@triton.jit(do_not_specialize=["capacity", "num_rows"])
-def _shrink_kernel(
+@triton.jit(do_not_specialize=["capacity", "num_rows", "row_programs", "max_tiles"])
+def _add_mask_lora_kernel(
+    out_ptr,
+    x_ptr,
+    a_ptr,
+    b_ptr,
+    parts_ptr,
+    mask_rows_ptr,
+    num_mask_rows_ptr,
+    low_ptr,
+    arrivals_ptr,
+    capacity,
+    num_rows,
+    row_programs,
+    max_tiles,
+    in_features,
+    low_features,
+    x_stride,
+    out_stride,
+    NUM_PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_LOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """Shrink, expand or close, by the program's place in the grid."""
+    num = tl.minimum(tl.load(num_mask_rows_ptr).to(tl.int32), capacity)
+    passed_ptr = arrivals_ptr + max_tiles
+    # programs of one row tile
+    num_shrink = tl.cdiv(low_features, BLOCK_LOW) * NUM_SPLITS
+    num_expand = (tl.num_programs(0) - 1) // row_programs - num_shrink
+    program = tl.program_id(0)
+    place = program - row_programs * num_shrink
+    if place < 0:
+        _shrink(
+            x_ptr,
+            a_ptr,
+            low_ptr,
+            mask_rows_ptr,
+            arrivals_ptr,
+            program // num_shrink,
+            program % num_shrink // NUM_SPLITS,
+            program % NUM_SPLITS,
+            num,
+            capacity,
+            num_rows,
+            row_programs,
+            in_features,
+            low_features,
+            x_stride,
+            SPLIT,
+            BLOCK_M,
+            BLOCK_LOW,
+            BLOCK_K,
+        )
+    else:
+        part, column_tile, first, end, num_passing = _column_tile(
+            parts_ptr, place % num_expand, NUM_PARTS, BLOCK_N
+        )
+        if program == tl.num_programs(0) - 1:
+            _close(arrivals_ptr, passed_ptr, tl.cdiv(num, BLOCK_M), num_passing)
+        elif (first % 16 == 0) & (end % 16 == 0):
+            # The compiler sees the factor, and moves 16 bytes at once.
+            _expand(
+                out_ptr,
+                b_ptr,
+                low_ptr,
+                mask_rows_ptr,
+                arrivals_ptr,
+                passed_ptr,
+                place // num_expand,
+                part,
+                column_tile,
+                first // 16 * 16,
+                end // 16 * 16,
+                num,
+                capacity,
+                num_rows,
+                row_programs,
+                num_shrink,
+                low_features,
+                out_stride,
+                RANK,
+                NUM_SPLITS,
+                BLOCK_SPLITS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_RANK,
+            )
+        else:
+            _expand(
+                out_ptr,
+                b_ptr,
+                low_ptr,
+                mask_rows_ptr,
+                arrivals_ptr,
+                passed_ptr,
+                place // num_expand,
+                part,
+                column_tile,
+                first,
+                end,
+                num,
+                capacity,
+                num_rows,
+                row_programs,
+                num_shrink,
+                low_features,
+                out_stride,
+                RANK,
+                NUM_SPLITS,
+                BLOCK_SPLITS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_RANK,
+            )
+
+
+@triton.jit
+def _shrink(
     x_ptr,
     a_ptr,
     low_ptr,
     mask_rows_ptr,
-    num_mask_rows_ptr,
+    arrived_ptr,
+    first_tile,
+    low_tile,
+    split,
+    num,
     capacity,
     num_rows,
+    row_programs,
     in_features,
     low_features,
     x_stride,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_LOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """low[split, i] = x[mask_rows[i], the split's features] A^T; a program: some row tiles, one low tile."""
-    num = tl.minimum(tl.load(num_mask_rows_ptr).to(tl.int32), capacity)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
-    for tile in range(tl.program_id(0), tl.cdiv(num, BLOCK_M), tl.num_programs(0)):
-        index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = tl.load(mask_rows_ptr + index, mask=index < num, other=num_rows)
-        exists = row < num_rows
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    """low[split, i] = x[mask_rows[i], the split's features] A^T: some row tiles, one low tile."""
+    column = low_tile * BLOCK_LOW + tl.arange(0, BLOCK_LOW)
+    for tile in range(first_tile, tl.cdiv(num, BLOCK_M), row_programs):
+        index, row, exists = _rows(mask_rows_ptr, tile, num, num_rows, BLOCK_M)
+        acc = tl.zeros([BLOCK_M, BLOCK_LOW], dtype=tl.float32)
         for start in range(0, SPLIT, BLOCK_K):
             feature = split * SPLIT + start + tl.arange(0, BLOCK_K)
             inside = feature < in_features
@@ -162,106 +344,141 @@ def _shrink_kernel(
             acc,
             mask=exists[:, None] & (column < low_features)[None, :],
         )
+        # One thread counts the program's arrival: after the stores of all its threads.
+        tl.debug_barrier()
+        tl.atomic_add(arrived_ptr + tile, 1, sem="release")
 
 
-@triton.jit(do_not_specialize=["capacity", "num_rows"])
-def _expand_kernel(
+@triton.jit
+def _expand(
     out_ptr,
-    low_ptr,
     b_ptr,
-    parts_ptr,
+    low_ptr,
     mask_rows_ptr,
-    num_mask_rows_ptr,
+    arrived_ptr,
+    passed_ptr,
+    first_tile,
+    part,
+    column_tile,
+    first,
+    end,
+    num,
     capacity,
     num_rows,
-    num_splits,
+    row_programs,
+    num_shrink,
     low_features,
     out_stride,
     RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
 ):
-    """out[mask_rows[i], a tile of one part's columns] += (sum of the splits of low[i]) B^T."""
-    num = tl.minimum(tl.load(num_mask_rows_ptr).to(tl.int32), capacity)
-    part = tl.program_id(2)
-    first = tl.load(parts_ptr + 2 * part) + tl.program_id(1) * BLOCK_N
-    end = tl.load(parts_ptr + 2 * part + 1)
-    if first >= end:  # of a part narrower than the layer
-        return
-    column = first + tl.arange(0, BLOCK_N)
-    inside = column < end
-    for tile in range(tl.program_id(0), tl.cdiv(num, BLOCK_M), tl.num_programs(0)):
-        index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = tl.load(mask_rows_ptr + index, mask=index < num, other=num_rows)
-        exists = row < num_rows
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for start in tl.static_range(0, RANK, BLOCK_RANK):
-            rank = start + tl.arange(0, BLOCK_RANK)
-            low = tl.zeros([BLOCK_M, BLOCK_RANK], dtype=tl.float32)
-            for split in range(num_splits):
-                low += tl.load(
-                    low_ptr
-                    + (split * capacity + index)[:, None].to(tl.int64) * low_features
-                    + (part * RANK + rank)[None, :],
-                    mask=exists[:, None] & (rank < RANK)[None, :],
-                    other=0.0,
-                )
-            b = tl.load(
-                b_ptr + column[None, :].to(tl.int64) * RANK + rank[:, None],
-                mask=inside[None, :] & (rank < RANK)[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(low.to(b.dtype), b, acc, input_precision="ieee")
+    """out[mask_rows[i], a tile of one part's columns] += (sum of the splits of low[i]) B^T: some row tiles."""
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (column >= first) & (column < end)
+    rank = tl.arange(0, BLOCK_RANK)
+    split = tl.arange(0, BLOCK_SPLITS)
+    b = tl.load(
+        b_ptr + column[None, :].to(tl.int64) * RANK + rank[:, None],
+        mask=inside[None, :] & (rank < RANK)[:, None],
+        other=0.0,
+    )
+    for tile in range(first_tile, tl.cdiv(num, BLOCK_M), row_programs):
+        index, row, exists = _rows(mask_rows_ptr, tile, num, num_rows, BLOCK_M)
         address = out_ptr + row[:, None] * out_stride + column[None, :]
-        mask = exists[:, None] & inside[None, :]
-        out = tl.load(address, mask=mask, other=0.0)
-        tl.store(address, (out.to(tl.float32) + acc).to(out.dtype), mask=mask)
+        out_mask = exists[:, None] & inside[None, :]
+        out = tl.load(address, mask=out_mask, other=0.0)
+        arrived = tl.atomic_add(arrived_ptr + tile, 0, sem="acquire")
+        while arrived < num_shrink:
+            arrived = tl.atomic_add(arrived_ptr + tile, 0, sem="acquire")
+        tl.atomic_add(passed_ptr + tile, 1, sem="relaxed")
+        # All splits in one load: in turn they would take as many trips to memory.
+        place = split[:, None].to(tl.int64) * capacity + index[None, :]
+        low = tl.load(
+            low_ptr + place[:, :, None] * low_features + (part * RANK + rank)[None, None, :],
+            mask=(split < NUM_SPLITS)[:, None, None]
+            & exists[None, :, None]
+            & (rank < RANK)[None, None, :],
+            other=0.0,
+        )
+        delta = tl.dot(tl.sum(low, axis=0).to(b.dtype), b, input_precision="ieee")
+        tl.store(address, (out.to(tl.float32) + delta).to(out.dtype), mask=out_mask)
+
+
+@triton.jit
+def _close(arrived_ptr, passed_ptr, num_tiles, num_passing, BLOCK: tl.constexpr = 128):
+    """Set the counts of a row tile back to zero when all expand programs have read them."""
+    for start in range(0, num_tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        used = tile < num_tiles
+        waiting = 1
+        while waiting > 0:
+            passed = tl.load(passed_ptr + tile, mask=used, other=num_passing, volatile=True)
+            waiting = tl.sum((passed < num_passing).to(tl.int32))
+        tl.store(arrived_ptr + tile, 0, mask=used)
+        tl.store(passed_ptr + tile, 0, mask=used)
+
+
+@triton.jit
+def _rows(mask_rows_ptr, tile, num, num_rows, BLOCK_M: tl.constexpr):
+    """A tile's places among the mask rows, its rows of the step, and which of them there are."""
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.load(mask_rows_ptr + index, mask=index < num, other=num_rows)
+    return index, row, row < num_rows
+
+
+@triton.jit
+def _column_tile(parts_ptr, place, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What an expand program does: (part, tile of the output's columns, the part's first column and end; how many do).
+
+    Tiles begin at multiples of their size, whatever the parts; behind the last one the part is empty.
+    """
+    part, column_tile, first, end, num_tiles = 0, 0, 0, 0, 0
+    for p in tl.static_range(NUM_PARTS):
+        begin = tl.load(parts_ptr + 2 * p)
+        stop = tl.load(parts_ptr + 2 * p + 1)
+        own = place - num_tiles
+        num_tiles += tl.cdiv(stop, BLOCK_N) - begin // BLOCK_N
+        here = (own >= 0) & (place < num_tiles)
+        part = tl.where(here, p, part)
+        column_tile = tl.where(here, begin // BLOCK_N + own, column_tile)
+        first = tl.where(here, begin, first)
+        end = tl.where(here, stop, end)
+    return part, column_tile, first, end, num_tiles
 
 
 def shipped() -> list[Shipped]:
-    """Both kernels in every dtype, expand for ranks of half a step, two and four."""
+    """Every dtype; small and large ranks, few and many splits, layers of one to three parts."""
     configurations = []
-    for dtype in TRITON_TYPES.values():
-        rows = {"mask_rows_ptr": "*i64", "num_mask_rows_ptr": "*i64"}
-        counts = ("capacity", "num_rows", "low_features")
-        common = rows | dict.fromkeys(counts, "i32")
-        names = {"x_ptr": f"*{dtype}", "a_ptr": f"*{dtype}", "low_ptr": "*fp32"}
-        configurations.append(
-            Shipped(
-                name=f"shrink {dtype}",
-                kernel=_shrink_kernel,
-                signature=common | names | {"in_features": "i32", "x_stride": "i32"},
-                constexprs={
-                    "SPLIT": TILES.split,
-                    "BLOCK_M": TILES.rows,
-                    "BLOCK_N": TILES.low,
-                    "BLOCK_K": TILES.step,
-                },
-                divisible=("in_features", "low_features", "x_stride"),
-                tensor_cores=dtype != "fp32",
-            )
-        )
-        names = {
-            "out_ptr": f"*{dtype}",
-            "b_ptr": f"*{dtype}",
-            "low_ptr": "*fp32",
-            "parts_ptr": "*i32",
-        }
-        for rank in (16, 64, 128):
+    for torch_dtype, dtype in TRITON_TYPES.items():
+        for rank, num_parts, in_features in (
+            (16, 3, 576),
+            (16, 3, 4096),
+            (64, 2, 4096),
+            (64, 1, 14336),
+            (128, 2, 8192),
+        ):
+            tiles = choose_tiles(in_features, rank, torch_dtype.itemsize)
             configurations.append(
                 Shipped(
-                    name=f"expand {dtype} rank {rank}",
-                    kernel=_expand_kernel,
-                    signature=common | names | {"num_splits": "i32", "out_stride": "i32"},
-                    constexprs={
-                        "RANK": rank,
-                        "BLOCK_RANK": TILES.rank,
-                        "BLOCK_M": TILES.rows,
-                        "BLOCK_N": TILES.out,
+                    name=f"{dtype} rank {rank}, {num_parts} from {in_features}",
+                    kernel=_add_mask_lora_kernel,
+                    signature={
+                        **{f"{name}_ptr": f"*{dtype}" for name in ("out", "x", "a", "b")},
+                        "parts_ptr": "*i32",
+                        "mask_rows_ptr": "*i64",
+                        "num_mask_rows_ptr": "*i64",
+                        "low_ptr": "*fp32",
+                        "arrivals_ptr": "*i32",
+                        **dict.fromkeys(_SIZES, "i32"),
                     },
-                    num_warps=TILES.expand_warps,
-                    divisible=("low_features", "out_stride"),
+                    constexprs=tiles.constexprs(num_parts, rank, in_features),
+                    num_warps=tiles.warps,
+                    num_stages=NUM_STAGES,
+                    divisible=("in_features", "low_features", "x_stride", "out_stride"),
                     tensor_cores=dtype != "fp32",
                 )
             )
@@ -276,6 +493,7 @@ def _check(
     parts: torch.Tensor,
     mask_rows: torch.Tensor,
     num_mask_rows: torch.Tensor,
+    arrivals: torch.Tensor,
 ) -> None:
     device, dtype = output.device, output.dtype
     if dtype not in TRITON_TYPES:
@@ -288,3 +506,9 @@ def _check(
     check_tensor("lora_a", lora_a, [len(parts) * lora_b.shape[1], x.shape[1]], [dtype], device)
     check_tensor("mask_rows", mask_rows, [None], [torch.int64], device)
     check_tensor("num_mask_rows", num_mask_rows, [1], [torch.int64], device)
+    check_tensor("arrivals", arrivals, [2, None], [torch.int32], device)
+    row_tiles = triton.cdiv(min(len(output), len(mask_rows)), ROW_TILE)
+    if arrivals.shape[1] < row_tiles:
+        raise ValueError(
+            f"arrivals has room for {arrivals.shape[1]} row tiles, expected at least {row_tiles}."
+        )

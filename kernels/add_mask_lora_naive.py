@@ -24,6 +24,8 @@ def add_mask_lora_naive(
     mask_rows: torch.Tensor,
     # [1] int64, how many they are
     num_mask_rows: torch.Tensor,
+    # [2, row tiles] int32: with these the kernel's programs wait for each other, and nothing does here
+    arrivals: torch.Tensor | None = None,
 ) -> None:
     """`output[r, columns of part p] += B_p A_p x[r]` for every mask row r; other rows are not touched.
 

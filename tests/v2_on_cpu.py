@@ -138,6 +138,12 @@ def __getattr__(name: str) -> type:
     from bita_vllm.runner.gpu import BitaGPUModelRunner
     from bita_vllm.runner.loading import replaced
 
+    choose_tiles = add_mask_lora.choose_tiles
+
+    def wide_tiles(in_features, rank, element_size):
+        tiles = choose_tiles(in_features, rank, element_size)
+        return replace(tiles, rows=64, low=128, step=512, out=512)
+
     class Runner(BitaGPUModelRunner, cpu_v2.CPUModelRunner):
         attention_backend = AttentionBackendEnum.CPU_ATTN
 
@@ -148,7 +154,7 @@ def __getattr__(name: str) -> type:
 
         def load_model(self, *args, **kwargs):
             super().load_model(*args, **kwargs)
-            add_mask_lora.TILES = add_mask_lora.Tiles(rows=64, low=128, step=512, out=512)
+            add_mask_lora.choose_tiles = wide_tiles
 
     class Worker(CPUWorker):
         def init_device(self) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bita_kernels.add_mask_lora import add_mask_lora
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.move_kv import LayerCaches, move_kv
 from torch import nn
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.output import GrammarOutput
@@ -42,6 +40,7 @@ from bita_vllm.attention.prefill import flash_attention
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
+from bita_vllm.runner.gpu_mask_lora import CountedMaskRows, add_mask_lora_to_blocks
 from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
@@ -51,27 +50,8 @@ from bita_vllm.runner.loading import (
     put_in_adapter,
     replaced,
 )
-from bita_vllm.runner.mask_lora import in_dtype, opaque_operation
+from bita_vllm.runner.mask_lora import in_dtype
 from bita_vllm.tree_search import acceptance_table
-
-
-def _add_mask_lora_to_blocks(
-    output: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    parts: torch.Tensor,
-    mask_rows: torch.Tensor,
-    num_mask_rows: torch.Tensor,
-) -> None:
-    """As add_mask_lora, but nothing is launched where the host knows that there are none (prefill)."""
-    metadata = get_forward_context().attn_metadata
-    if isinstance(metadata, dict) and not next(iter(metadata.values())).may_have_mask_rows:
-        return
-    add_mask_lora(output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows)
-
-
-add_mask_lora_to_blocks = opaque_operation("add_mask_lora_gpu", _add_mask_lora_to_blocks)
 
 
 class BitaGPUWorker(Worker):
@@ -168,6 +148,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             add_mask_lora_to_blocks,
             in_dtype(self.dtype),
             device,
+            CountedMaskRows,
         )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
         adapter = AdapterConfig.load(self.settings.adapter_dir)

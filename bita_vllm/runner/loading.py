@@ -62,6 +62,8 @@ def put_in_adapter(
     add_mask_lora: AddMaskLora,
     pack_mask_lora: PackMaskLora,
     device: torch.device,
+    # what add_mask_lora reads of a step
+    mask_rows_type: type[MaskRows] = MaskRows,
 ) -> MaskRows | None:
     """Mask embeddings into the model, prompt tokens and deltas into every layer; one line in the log.
 
@@ -95,7 +97,7 @@ def put_in_adapter(
     mask_rows, deltas = None, ""
     if adapter.mask_lora is not None:
         # One more place than a step has rows.
-        mask_rows = MaskRows(vllm_config.scheduler_config.max_num_batched_tokens + 1, device)
+        mask_rows = mask_rows_type(vllm_config.scheduler_config.max_num_batched_tokens + 1, device)
         delta_bytes = put_in_mask_lora(
             model, adapter.mask_lora, mask_rows, add_mask_lora, pack_mask_lora, device
         )

@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from bita_vllm.adapter import AdapterError
 from bita_vllm.mask_lora import MaskLoraWeights
 
-# (output, x, lora_a, lora_b, parts, mask_rows, num_mask_rows) -> None: bita_kernels.add_mask_lora
+# (output, x, lora_a, lora_b, parts, *MaskRows.buffers()) -> None: bita_kernels.add_mask_lora
 AddMaskLora = Callable[..., None]
 # (lora_a, lora_b, parts), fp32 -> lora_a, lora_b as that operation takes them
 PackMaskLora = Callable[
@@ -86,13 +86,24 @@ class MaskRows:
         self.rows[: len(rows)] = torch.from_numpy(rows)
         self.num.fill_(len(rows))
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What the operation reads of a step, in the order of its arguments, and a layer's names of it."""
+        return {"mask_rows": self.rows, "num_mask_rows": self.num}
+
 
 class MaskLoraMethod(LinearMethodBase):
-    """A layer's linear method, and the layer's delta on top of it."""
+    """A layer's linear method, and the layer's delta on top of it.
 
-    def __init__(self, stock: LinearMethodBase, add: AddMaskLora) -> None:
+    Attributes:
+        step_names: the layer's buffers that say which rows are mask rows, in the order of `add`'s arguments.
+    """
+
+    def __init__(
+        self, stock: LinearMethodBase, add: AddMaskLora, step_names: tuple[str, ...]
+    ) -> None:
         self.stock = stock
         self.add = add
+        self.step_names = step_names
 
     def __getattr__(self, name: str) -> Any:
         if name == "stock":  # a copy that is being made
@@ -116,8 +127,7 @@ class MaskLoraMethod(LinearMethodBase):
             layer.mask_lora_a,
             layer.mask_lora_b,
             layer.mask_lora_parts,
-            layer.mask_rows,
-            layer.num_mask_rows,
+            *[getattr(layer, name) for name in self.step_names],
         )
         return output
 
@@ -251,7 +261,7 @@ def put_in_mask_lora(
     by_layer: dict[str, list[str]] = {}
     for name, place in places.items():
         by_layer.setdefault(place.layer_name, []).append(name)
-    added = 0
+    added, of_step = 0, mask_rows.buffers()
     for names in by_layer.values():
         names.sort(key=lambda name: places[name].pieces.start)
         layer = places[names[0]].layer
@@ -262,9 +272,9 @@ def put_in_mask_lora(
         layer.register_buffer("mask_lora_a", a.to(device), persistent=False)
         layer.register_buffer("mask_lora_b", b.to(device), persistent=False)
         layer.register_buffer("mask_lora_parts", parts.to(device), persistent=False)
-        layer.register_buffer("mask_rows", mask_rows.rows, persistent=False)
-        layer.register_buffer("num_mask_rows", mask_rows.num, persistent=False)
-        layer.quant_method = MaskLoraMethod(layer.quant_method, add)
+        for name, buffer in of_step.items():
+            layer.register_buffer(name, buffer, persistent=False)
+        layer.quant_method = MaskLoraMethod(layer.quant_method, add, tuple(of_step))
         layer.requires_unquantized_input = True  # the delta reads it too
         added += layer.mask_lora_a.nbytes + layer.mask_lora_b.nbytes
     return added

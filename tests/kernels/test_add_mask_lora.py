@@ -1,10 +1,22 @@
 """`add_mask_lora` against its naive twin in float64, and the twin against the definition."""
 
+import random
+from functools import partial
+
 import pytest
 import torch
 from bita_kernels import add_mask_lora as module
-from bita_kernels.add_mask_lora import MAX_ROW_PROGRAMS, TILES, add_mask_lora
+from bita_kernels.add_mask_lora import (
+    MAX_LOW,
+    MAX_ROW_PROGRAMS,
+    MAX_SPLITS,
+    ROW_TILE,
+    add_mask_lora,
+    choose_tiles,
+    make_arrivals,
+)
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 # name -> (rows of the step, mask rows, input features, rank, (first, end) of each part, output features)
 CASES = {
@@ -40,6 +52,7 @@ def make(case, dtype=torch.float32, capacity=None, seed=0):
         torch.tensor(parts, dtype=torch.int32),
         rows,
         torch.tensor([len(mask_rows)]),
+        make_arrivals(len(rows), torch.device("cpu")),
     )
 
 
@@ -58,13 +71,13 @@ def poisoned_workspace(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_naive_twin_is_the_definition(case):
-    output, x, a, b, parts, rows, num = make(case, torch.float64)
+    output, x, a, b, parts, rows, num, arrivals = make(case, torch.float64)
     want, rank = output.clone(), b.shape[1]
     for row in rows[: int(num)].tolist():
         for part, (first, end) in enumerate(parts.tolist()):
             own = slice(part * rank, (part + 1) * rank)
             want[row, first:end] += b[first:end] @ a[own] @ x[row]
-    add_mask_lora_naive(output, x, a, b, parts, rows, num)
+    add_mask_lora_naive(output, x, a, b, parts, rows, num, arrivals)
     torch.testing.assert_close(output, want, rtol=1e-12, atol=1e-12)
 
 
@@ -78,6 +91,7 @@ def test_kernel_equals_the_twin(case, dtype):
     torch.testing.assert_close(arguments[0].double(), want, rtol=tolerance, atol=tolerance)
     changed = (arguments[0] != before).any(dim=1).nonzero().flatten().tolist()
     assert changed == arguments[5][: int(arguments[6])].tolist()
+    assert not arguments[7].any(), "the counts are not zero for the next launch"
 
 
 def test_ordinary_rows_and_other_columns_keep_their_bits():
@@ -97,22 +111,56 @@ def test_ordinary_rows_and_other_columns_keep_their_bits():
 def test_a_row_has_the_same_bits_in_any_company():
     """In other tiles, with more or fewer rows than programs side by side (the interpreter multiplies
     with BLAS, where the place within a tile may matter: it stays)."""
-    assert CASES["more row tiles than programs"][0] > MAX_ROW_PROGRAMS * TILES.rows
-    output, *rest, rows, num = make("more row tiles than programs")
+    assert CASES["more row tiles than programs"][0] > MAX_ROW_PROGRAMS * ROW_TILE
+    output, *rest, rows, num, arrivals = make("more row tiles than programs")
     together = output.clone()
-    add_mask_lora(together, *rest, rows, num)
+    add_mask_lora(together, *rest, rows, num, arrivals)
     place = rows.tolist().index(140)
-    for before in (place % TILES.rows, place % TILES.rows + TILES.rows):
+    for before in (place % ROW_TILE, place % ROW_TILE + ROW_TILE):
         company = torch.tensor([*range(1, 1 + before), 140, 150])
         among_few = output.clone()
-        add_mask_lora(among_few, *rest, company, torch.tensor([len(company)]))
+        add_mask_lora(among_few, *rest, company, torch.tensor([len(company)]), arrivals)
         assert torch.equal(among_few[140], together[140])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_is_one_launch(case, monkeypatch):
+    launches, call = [], GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **k: launches.append(self) or call(self, *a, **k)
+    )
+    add_mask_lora(*make(case))
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_programs_of_a_kind_may_run_in_any_order(seed, monkeypatch):
+    """A GPU starts programs in the order of the grid, and runs those of a kind side by side."""
+    arguments = make("q, k, v of unequal size")
+    together = arguments[0].clone()
+    add_mask_lora(together, *arguments[1:])
+    tiles = choose_tiles(64, 4, 4)
+    num_shrink = -(-32 // ROW_TILE) * -(-12 // tiles.low)
+    num_programs = 2 * (-(-160 // tiles.out) + 2) + num_shrink + 1
+    rng = random.Random(seed)
+    shrink, expand = list(range(num_shrink)), list(range(num_shrink, num_programs - 1))
+    rng.shuffle(shrink), rng.shuffle(expand)
+    order = [*shrink, *expand, num_programs - 1]
+    place, started = interpreter_builder.set_grid_idx, []
+    monkeypatch.setattr(
+        interpreter_builder,
+        "set_grid_idx",
+        lambda x, y, z: started.append(x) or place(order[x], y, z),
+    )
+    add_mask_lora(*arguments)
+    assert started == sorted(order)
+    assert torch.equal(arguments[0], together) and not arguments[7].any()
+
+
 def test_no_mask_rows_change_nothing():
-    output, *rest, num = make("one part")
+    output, *rest, num, arrivals = make("one part")
     before = output.clone()
-    add_mask_lora(output, *rest, torch.zeros_like(num))
+    add_mask_lora(output, *rest, torch.zeros_like(num), arrivals)
     assert torch.equal(output, before)
 
 
@@ -147,6 +195,12 @@ def test_strided_rows():
         (4, lambda t: t.long(), "parts has dtype torch.int64, expected torch.int32"),
         (5, lambda t: t.int(), "mask_rows has dtype torch.int32, expected torch.int64"),
         (6, lambda t: t.to("meta"), "num_mask_rows is on meta, expected cpu"),
+        (
+            7,
+            lambda t: t[:, :0].contiguous(),
+            "arrivals has room for 0 row tiles, expected at least 1",
+        ),
+        (7, lambda t: t[0], r"arrivals has shape \[\d+\], expected \[2, any\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_the_launch(place, change, message):
@@ -159,8 +213,46 @@ def test_arguments_that_do_not_fit_are_refused_before_the_launch(place, change, 
     assert torch.equal(output, before)
 
 
-def test_shipped_covers_every_dtype_and_both_kernels():
+def test_shipped_covers_every_dtype_and_the_usual_ranks():
     names = [configuration.name for configuration in module.shipped()]
     assert len(names) == len(set(names))
     for dtype in ("bf16", "fp16", "fp32"):
-        assert f"shrink {dtype}" in names and f"expand {dtype} rank 64" in names
+        assert {f"{dtype} rank {rank}" for rank in (16, 64, 128)} <= {
+            n.split(",")[0] for n in names
+        }
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64, 128, 512])
+@pytest.mark.parametrize("in_features", [64, 576, 4096, 14336, 28672, 53248])
+def test_tiles_hold_every_feature_in_few_splits(in_features, rank):
+    for element_size in (2, 4):
+        tiles = choose_tiles(in_features, rank, element_size)
+        num_splits = -(-in_features // tiles.split)
+        assert num_splits <= MAX_SPLITS and num_splits * tiles.rank <= MAX_LOW
+        assert tiles.split % tiles.step == 0 and tiles.rank >= rank and tiles.rows == ROW_TILE
+
+
+@pytest.mark.parametrize(
+    ("num_masks", "num_ordinary"), [(11, 5), (88, 40), (352, 160), (0, 16), (11, 8181)]
+)
+def test_programs_of_a_launch_follow_from_its_shapes(num_masks, num_ordinary, monkeypatch):
+    """One for each tile of A, one for each tile of B, in up to MAX_ROW_PROGRAMS rows, and the last."""
+    grids = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: grids.append(self.grid))
+    num_rows, inputs, outputs, rank = num_masks + num_ordinary, 4096, 28672, 16
+    empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(module, "check_device", lambda *a: None)
+    meta = torch.device("meta")
+    add_mask_lora(
+        empty(num_rows, outputs),
+        empty(num_rows, inputs),
+        empty(2 * rank, inputs),
+        empty(outputs, rank),
+        torch.empty(2, 2, dtype=torch.int32, device=meta),
+        torch.empty(num_rows + 1, dtype=torch.int64, device=meta),
+        torch.empty(1, dtype=torch.int64, device=meta),
+        make_arrivals(num_rows + 1, meta),
+    )
+    row_programs = min(-(-num_rows // ROW_TILE), MAX_ROW_PROGRAMS)
+    shrink, expand = 2 * 8, 28672 // 128 + 1
+    assert grids == [(row_programs * (shrink + expand) + 1,)]
