@@ -1,14 +1,15 @@
 """Low-rank deltas of a linear layer, for a step's mask rows only: one launch a layer.
 
-The launch holds two kinds of programs, and one more. The first ones *shrink*: x of the mask rows times A, split along
-the input features so that few rows fill the machine. Those after them *expand*: they fetch B and the
-output, wait until the shrink programs of their row tile have arrived, sum the splits in their order, multiply by B
-and add. The last program *closes*: when all have passed it sets the counts of arrivals back to zero.
+The first programs of the launch *shrink*: x of the mask rows times A, split along the input features so that few
+rows fill the machine. The programs after them *expand*: they fetch B and the output, wait until the shrink
+programs of their row tile have arrived, sum the splits, multiply by B and add. The last program *closes*: when all
+have passed, it sets the counts of arrivals back to zero.
 
 Which rows, and how many, are read from the device: the launch depends on shapes alone, and a CUDA graph can hold
 it. With no mask rows all programs end at once. Atomics count arrivals and nothing else: each number is written
-by one program, always in the same order. A program waits only for programs in front of it in the grid, and those
-never wait; a GPU starts them in that order, so a grid larger than the machine ends, too.
+by one program, and its sums go in an order that depends on the layer alone. A program waits only for programs in
+front of it in the grid, and shrink programs never wait; a GPU starts programs in that order, so a grid larger than
+the machine ends, too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROW_TILE = 16
 # Row tiles of a launch that run side by side; the rest in turn. Steps have few mask rows but may have
 # thousands of others, and the launch cannot know.
 MAX_ROW_PROGRAMS = 8
-# Each expand program holds all splits of a row's low features: so many splits, and so many numbers.
+# An expand program holds all splits of a row in registers: at most so many splits, and splits times low features.
 MAX_SPLITS = 16
 MAX_LOW = 1024
 # Element size -> bytes of B that each warp of an expand program keeps in registers. Products in fp32 do not
@@ -57,6 +58,7 @@ class Tiles:
         low: stacked low features of a shrink program.
         rank: low features that an expand program multiplies, at least the layer's rank.
         out: output columns of an expand program.
+        warps: of every program.
     """
 
     rows: int
@@ -86,7 +88,7 @@ class Tiles:
 
 @cache
 def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
-    """The tiles of a layer: what compiles without spills, and the fewest bytes in the way of a few rows."""
+    """Return the tiles of a layer: the largest that compile without spills."""
     padded = max(16, triton.next_power_of_2(rank))
     warps = 4 if padded <= 32 else 8
     columns = warps * B_BYTES[element_size] // (padded * element_size)
@@ -103,9 +105,9 @@ def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
 
 
 def make_arrivals(capacity: int, device: torch.device) -> torch.Tensor:
-    """`[2, row tiles]` int32 zeros: the counts of arrivals of a launch with up to `capacity` mask rows.
+    """Return `[2, row tiles]` int32 zeros: the counts of arrivals for up to `capacity` mask rows.
 
-    All layers whose launches follow one another on a stream share it.
+    Layers share them, as long as their launches follow one another on one stream.
     """
     return torch.zeros(2, triton.cdiv(capacity, ROW_TILE), dtype=torch.int32, device=device)
 
@@ -432,9 +434,9 @@ def _rows(mask_rows_ptr, tile, num, num_rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _column_tile(parts_ptr, place, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What an expand program does: (part, tile of the output's columns, the part's first column and end; how many do).
+    """Return (part, tile of columns, first column and end of the part) of an expand program, and the number of tiles.
 
-    Tiles begin at multiples of their size, whatever the parts; behind the last one the part is empty.
+    Tiles begin at multiples of their size, whatever the parts; a program behind the last tile gets an empty part.
     """
     part, column_tile, first, end, num_tiles = 0, 0, 0, 0, 0
     for p in tl.static_range(NUM_PARTS):

@@ -184,6 +184,25 @@ def test_only_layers_with_a_delta_are_wrapped(tensor_parallel):
     assert calls[0][0] is output and calls[0][1] is x and calls[0][5] is rows.rows
 
 
+def test_the_operation_gets_all_that_its_mask_rows_hold(tensor_parallel):
+    class Counted(MaskRows):
+        def buffers(self):
+            return super().buffers() | {"mask_row_arrivals": torch.zeros(2, 1, dtype=torch.int32)}
+
+    model, rows, calls = Model(), Counted(8, torch.device("cpu")), []
+    pair = (torch.ones(RANK, 16), torch.ones(IN, RANK))
+    add = lambda *arguments: calls.append(arguments)  # noqa: E731
+    put_in_mask_lora(
+        model, weights(o_proj=pair), rows, add, in_dtype(torch.float32), torch.device("cpu")
+    )
+    layer = model.model.layers[0].o_proj
+    layer.cpu_linear = nn.functional.linear
+    layer(torch.zeros(2, 16))
+    (arguments,) = calls
+    assert arguments[5] is rows.rows and arguments[6] is rows.num
+    assert arguments[7] is layer.mask_row_arrivals and len(arguments) == 8
+
+
 def test_a_compiled_layer_reads_the_rows_of_each_step(tensor_parallel):
     cpu_kernels.register()
     add_mask_lora = torch.ops.bita.add_mask_lora_cpu
