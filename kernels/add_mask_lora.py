@@ -7,9 +7,9 @@ have passed, it sets the counts of arrivals back to zero.
 
 Which rows, and how many, are read from the device: the launch depends on shapes alone, and a CUDA graph can hold
 it. With no mask rows all programs end at once. Atomics count arrivals and nothing else: each number is written
-by one program, and its sums go in an order that depends on the layer alone. A program waits only for programs in
-front of it in the grid, and shrink programs never wait; a GPU starts programs in that order, so a grid larger than
-the machine ends, too.
+by one program, and its sums go in an order that depends on the layer alone. What a program does goes by a ticket that
+it draws when it starts: it waits only for programs that started before it, and shrink programs never wait, so a grid
+larger than the machine ends, in whatever order a GPU starts its programs.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
 
 
 def make_arrivals(capacity: int, device: torch.device) -> torch.Tensor:
-    """Return `[2, row tiles]` int32 zeros: the counts of arrivals for up to `capacity` mask rows.
+    """Return `[3, row tiles]` int32 zeros: arrivals and passings by row tile for up to `capacity` mask rows, and tickets.
 
     Layers share them, as long as their launches follow one another on one stream.
     """
-    return torch.zeros(2, triton.cdiv(capacity, ROW_TILE), dtype=torch.int32, device=device)
+    return torch.zeros(3, triton.cdiv(capacity, ROW_TILE), dtype=torch.int32, device=device)
 
 
 def add_mask_lora(
@@ -127,7 +127,7 @@ def add_mask_lora(
     mask_rows: torch.Tensor,
     # [1] int64, how many they are
     num_mask_rows: torch.Tensor,
-    # [2, row tiles] int32 of make_arrivals: zeros before and after
+    # [3, row tiles] int32 of make_arrivals: zeros before and after
     arrivals: torch.Tensor,
 ) -> None:
     """`output[r, columns of part p] += B_p A_p x[r]` for every mask row r; other rows are not touched.
@@ -231,7 +231,7 @@ def _check(
     check_tensor("lora_a", lora_a, [len(parts) * lora_b.shape[1], x.shape[1]], [dtype], device)
     check_tensor("mask_rows", mask_rows, [None], [torch.int64], device)
     check_tensor("num_mask_rows", num_mask_rows, [1], [torch.int64], device)
-    check_tensor("arrivals", arrivals, [2, None], [torch.int32], device)
+    check_tensor("arrivals", arrivals, [3, None], [torch.int32], device)
     row_tiles = triton.cdiv(min(len(output), len(mask_rows)), ROW_TILE)
     if arrivals.shape[1] < row_tiles:
         raise ValueError(

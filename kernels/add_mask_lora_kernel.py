@@ -35,13 +35,14 @@ def add_mask_lora_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ):
-    """Shrink, expand or close, by the program's place in the grid."""
+    """Shrink, expand or close, by when the program started: whatever it waits for has started before it."""
     num = tl.minimum(tl.load(num_mask_rows_ptr).to(tl.int32), capacity)
     passed_ptr = arrivals_ptr + max_tiles
     # programs of one row tile
     num_shrink = tl.cdiv(low_features, BLOCK_LOW) * NUM_SPLITS
     num_expand = (tl.num_programs(0) - 1) // row_programs - num_shrink
-    program = tl.program_id(0)
+    tickets_ptr = passed_ptr + max_tiles
+    program = tl.atomic_add(tickets_ptr, 1, sem="relaxed")
     place = program - row_programs * num_shrink
     if place < 0:
         _shrink(
@@ -70,6 +71,7 @@ def add_mask_lora_kernel(
             parts_ptr, place % num_expand, NUM_PARTS, BLOCK_N
         )
         if program == tl.num_programs(0) - 1:
+            tl.store(tickets_ptr, 0)  # the last one was drawn
             _close(arrivals_ptr, passed_ptr, tl.cdiv(num, BLOCK_M), num_passing)
         elif (first % 16 == 0) & (end % 16 == 0):
             # The compiler sees the factor, and moves 16 bytes at once.

@@ -15,7 +15,7 @@ class CountedMaskRows(MaskRows):
     One launch follows the other, so all layers share the counts.
 
     Attributes:
-        arrivals: `[2, row tiles]` int32, zeros between launches.
+        arrivals: `[3, row tiles]` int32, zeros between launches.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:

@@ -134,18 +134,16 @@ def test_a_layer_is_one_launch(case, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_programs_of_a_kind_may_run_in_any_order(seed, monkeypatch):
-    """A GPU starts programs in the order of the grid, and runs those of a kind side by side."""
+def test_programs_may_start_in_any_order(seed, monkeypatch):
+    """CUDA promises no order: work goes by tickets, so nobody waits for a program that did not start."""
     arguments = make("q, k, v of unequal size")
     together = arguments[0].clone()
     add_mask_lora(together, *arguments[1:])
     tiles = choose_tiles(64, 4, 4)
     num_shrink = -(-32 // ROW_TILE) * -(-12 // tiles.low)
     num_programs = 2 * (-(-160 // tiles.out) + 2) + num_shrink + 1
-    rng = random.Random(seed)
-    shrink, expand = list(range(num_shrink)), list(range(num_shrink, num_programs - 1))
-    rng.shuffle(shrink), rng.shuffle(expand)
-    order = [*shrink, *expand, num_programs - 1]
+    order = list(range(num_programs))
+    random.Random(seed).shuffle(order)
     place, started = interpreter_builder.set_grid_idx, []
     monkeypatch.setattr(
         interpreter_builder,
@@ -200,7 +198,7 @@ def test_strided_rows():
             lambda t: t[:, :0].contiguous(),
             "arrivals has room for 0 row tiles, expected at least 1",
         ),
-        (7, lambda t: t[0], r"arrivals has shape \[\d+\], expected \[2, any\]"),
+        (7, lambda t: t[0], r"arrivals has shape \[\d+\], expected \[3, any\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_the_launch(place, change, message):

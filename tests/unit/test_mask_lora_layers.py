@@ -187,7 +187,7 @@ def test_only_layers_with_a_delta_are_wrapped(tensor_parallel):
 def test_the_operation_gets_all_that_its_mask_rows_hold(tensor_parallel):
     class Counted(MaskRows):
         def buffers(self):
-            return super().buffers() | {"mask_row_arrivals": torch.zeros(2, 1, dtype=torch.int32)}
+            return super().buffers() | {"mask_row_arrivals": torch.zeros(3, 1, dtype=torch.int32)}
 
     model, rows, calls = Model(), Counted(8, torch.device("cpu")), []
     pair = (torch.ones(RANK, 16), torch.ones(IN, RANK))
