@@ -105,7 +105,7 @@ def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
 
 
 def make_arrivals(capacity: int, device: torch.device) -> torch.Tensor:
-    """Return `[3, row tiles]` int32 zeros: arrivals and passings by row tile for up to `capacity` mask rows, and tickets.
+    """Return `[3, row tiles]` int32 zeros for up to `capacity` mask rows: arrivals, passings, tickets.
 
     Layers share them, as long as their launches follow one another on one stream.
     """
