@@ -48,6 +48,8 @@ class Case:
     num_rows: int
     dtype: torch.dtype
     device: torch.device
+    # longest sequence that the engine takes: what our kernel's splits follow from
+    max_model_len: int = 131072
     # [B * R, Hq, D]
     queries: torch.Tensor = field(init=False)
     # one [num_blocks, Hkv, block_size, 2 * D] a layer, as vLLM 0.32 lays it out
@@ -118,12 +120,13 @@ class Case:
         keys, values = rows.split(self.shape.head_size, dim=3)
         return keys.contiguous(), values.contiguous()
 
-    def visible(self) -> torch.Tensor:
-        """`[R, slots]` bool: context and ancestors."""
+    def visible(self, causal: bool = False) -> torch.Tensor:
+        """`[R, slots]` bool: context and ancestors, or every row before."""
         context = self.ancestors.new_ones(self.num_rows, self.context)
-        return torch.cat([context, self.ancestors], dim=1)
+        own = torch.ones_like(self.ancestors).tril() if causal else self.ancestors
+        return torch.cat([context, own], dim=1)
 
-    def expected(self, request: int) -> torch.Tensor:
+    def expected(self, request: int, causal: bool = False) -> torch.Tensor:
         """`[nodes, Hq, D]` float64, attention of a request's node rows over layer 0."""
         keys, values = (x[0].double() for x in self.gathered(0, slice(request, request + 1)))
         heads = self.shape.num_kv_heads
@@ -132,15 +135,15 @@ class Case:
         queries = self.queries[start : start + self.num_nodes].double()
         queries = queries.unflatten(1, (heads, -1)).permute(1, 2, 0, 3) * self.scale
         scores = queries @ keys[:, None].transpose(2, 3)
-        scores.masked_fill_(~self.visible()[: self.num_nodes], float("-inf"))
+        scores.masked_fill_(~self.visible(causal)[: self.num_nodes], float("-inf"))
         attended = scores.softmax(dim=-1) @ values[:, None]
         return attended.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def error(self, output: torch.Tensor) -> float:
+    def error(self, output: torch.Tensor, causal: bool = False) -> float:
         """Largest error of the first and last request's node rows over the largest value there."""
         worst = 0.0
         for request in {0, self.num_requests - 1}:
-            start, expected = request * self.num_rows, self.expected(request)
+            start, expected = request * self.num_rows, self.expected(request, causal)
             got = output[start : start + self.num_nodes].double()
             worst = max(worst, ((got - expected).abs().max() / expected.abs().max()).item())
         return worst

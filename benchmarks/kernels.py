@@ -1,11 +1,12 @@
 """Time of tree attention beside its peers, and beside the least time that memory allows.
 
-    python benchmarks/kernels.py                  # on a GPU: the whole sweep, about 400 points
+    python benchmarks/kernels.py                  # on a GPU: the whole sweep, about 600 points
     python benchmarks/kernels.py --quick          # on a CPU: the naive and SDPA rows, two minutes on one slow core
 
 Every provider gets the same queries, KV cache and block tables, and its first output is compared with
 float64. On a GPU a provider's calls for all layers are one CUDA graph, and replays are timed; on a CPU the calls
 are timed as they are. The floor is the bytes that have to move at this machine's measured copy bandwidth.
+A row is written when it is measured; a point that fails is a row with the reason, and the sweep goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import itertools
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,12 +24,13 @@ from typing import Any
 
 import torch
 from kernel_cases import SHAPES, Case
-from kernel_providers import PROVIDERS, Run, Unavailable
+from kernel_peers import Run, Unavailable
+from kernel_providers import PROVIDERS, Provider
 from provenance import ROOT, package_version, provenance
 from tqdm import tqdm
 
 SWEEP = {
-    "context": [512, 4096, 32768],
+    "context": [512, 4096, 32768, 130048],
     "requests": [1, 8, 64, 256],
     "rows": [1, 4, 16, 52],
     "shape": list(SHAPES),
@@ -36,6 +39,9 @@ QUICK = {"context": [512, 2048], "requests": [1, 4], "rows": [1, 4, 16], "shape"
 REPEATS = 20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PATIENCE = 4.0  # seconds that the repeats of one point may take
+MEASURED = ("layers", "time_us", "time_us_p20", "time_us_p80", "bytes", "floor_us")
+MEASURED += ("share_of_floor", "error", "failure")
+FIELDS = (*SWEEP, "provider", *MEASURED)
 
 Row = dict[str, Any]
 
@@ -89,22 +95,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / (statistics.median(times) / 1e6)
 
 
-def point(case: Case, provider: str, bandwidth: float) -> Row:
-    """One row of the CSV, without what it shares with all others.
+def point(case: Case, provider: Provider, bandwidth: float) -> Row:
+    """What is measured at one point of the sweep.
 
     Raises:
         Unavailable: the provider cannot run here, or has nothing to say about this case.
     """
-    run = PROVIDERS[provider](case)
-    error = case.error(run(0))
+    run = provider.make(case)
+    error = case.error(run(0), provider.causal)
     times = sorted(measure(run, len(case.caches), case.device))
     floor, median = case.needed_bytes / bandwidth * 1e6, statistics.median(times)
     return {
-        "shape": case.shape.name,
-        "context": case.context,
-        "requests": case.num_requests,
-        "rows": case.num_rows,
-        "provider": provider,
         "layers": len(case.caches),
         "time_us": round(median, 2),
         "time_us_p20": round(times[len(times) // 5], 2),
@@ -117,27 +118,53 @@ def point(case: Case, provider: str, bandwidth: float) -> Row:
 
 
 def sweep(args: argparse.Namespace, bandwidth: float, left_out: Counter[str]) -> Iterator[Row]:
-    """Every point that can be measured; counts the others, with the reason, in `left_out`."""
+    """A row for every point that was tried; counts the others, with the reason, in `left_out`."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    grid = list(itertools.product(args.shape, args.context, args.requests, args.rows))
-    with tqdm(total=len(grid) * len(args.provider), unit="point") as progress:
-        for name, context, requests, rows in grid:
+    grid = list(itertools.product(args.context, args.shape, args.requests, args.rows))
+    tried: Counter[str] = Counter()
+    with tqdm(total=len(grid) * len(args.provider), unit="point", file=sys.stderr) as progress:
+        for context, name, requests, rows in grid:
             case = None  # the last one's memory goes first
             try:
-                case = Case(SHAPES[name], context, requests, rows, dtype, device)
+                case = Case(
+                    SHAPES[name], context, requests, rows, dtype, device, args.max_model_len
+                )
             except torch.OutOfMemoryError:
                 left_out[f"every provider: {requests} requests of {context} do not fit"] += 1
                 progress.update(len(args.provider))
                 continue
-            for provider in args.provider:
-                progress.set_postfix_str(f"{name} {context} x {requests}, R={rows}, {provider}")
-                try:
-                    yield point(case, provider, bandwidth)
-                except Unavailable as reason:
-                    left_out[f"{provider}: {reason}"] += 1
-                except torch.OutOfMemoryError:
-                    left_out[f"{provider}: out of memory at {requests} requests of {context}"] += 1
+            for key in args.provider:
+                progress.set_postfix_str(f"{name} {context} x {requests}, R={rows}, {key}")
                 progress.update()
+                provider = PROVIDERS[key]
+                if provider.most_cases and tried[key] == provider.most_cases:
+                    left_out[f"{key}: measured in {provider.most_cases} cases"] += 1
+                    continue
+                row: Row = dict.fromkeys(FIELDS, "")
+                place = (context, requests, rows, name, key)
+                row |= dict(zip((*SWEEP, "provider"), place, strict=True))
+                try:
+                    row |= point(case, provider, bandwidth)
+                except Unavailable as reason:
+                    left_out[f"{key}: {reason}"] += 1
+                    continue
+                except Exception as failure:  # a peer's, or ours: the others go on
+                    row["failure"] = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+                tried[key] += 1
+                yield row
+                if row["failure"] and (broken := broken_device(device)):
+                    left_out[f"everything after it: {broken}"] += 1
+                    return
+
+
+def broken_device(device: torch.device) -> str:
+    """Why no kernel runs any more (an illegal access ends a CUDA context), or ''."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def plot(path: Path, rows: list[Row], device: str) -> None:
@@ -221,6 +248,8 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cuda" if on_gpu else "cpu", help="default: %(default)s")
     add("--dtype", choices=list(DTYPES), default="bfloat16" if on_gpu else "float32",
         help="default: %(default)s")  # fmt: skip
+    add("--max-model-len", type=int, default=131072,
+        help="longest sequence of the engine, which our splits follow from (default: %(default)s)")  # fmt: skip
     add("--quick", action="store_true", help="a small sweep: "
         + ", ".join(f"{name} {' '.join(map(str, v))}" for name, v in QUICK.items()))  # fmt: skip
     add("--out", type=Path, help="CSV; the plot lies beside it "
@@ -241,30 +270,49 @@ def main() -> None:
         **provenance(),
         "triton": package_version("triton"),
         "xformers": package_version("xformers"),
+        "flashinfer": package_version("flashinfer-python"),
     }
     if torch.device(args.device).type == "cuda":
         facts["device"] = torch.cuda.get_device_name(args.device)
     bandwidth = copy_bandwidth(torch.device(args.device))
-    facts |= {"dtype": args.dtype, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1)}
+    facts |= {
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1),
+    }
     print(
         f"{facts['device']}: a large copy moves {facts['copy_bandwidth_gb_s']} GB/s (read + written)"
     )
     rows: list[Row] = []
     left_out: Counter[str] = Counter()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*FIELDS, *facts])
+        writer.writeheader()
+        try:
+            for row in sweep(args, bandwidth, left_out):
+                rows.append(row)
+                writer.writerow({**row, **facts})
+                file.flush()  # a sweep that is killed keeps what it has
+        finally:
+            report(rows, left_out, args.out)
+    measured = [row for row in rows if not row["failure"]]
     try:
-        for row in sweep(args, bandwidth, left_out):
-            rows.append(row)
-    finally:
-        for reason, count in left_out.items():
-            print(f"no row at {count} points: {reason}")
-        if rows:  # a sweep takes long: what there is, is kept
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with args.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=[*rows[0], *facts])
-                writer.writeheader()
-                writer.writerows({**row, **facts} for row in rows)
-            plot(args.out.with_suffix(".png"), rows, f"{facts['device']}, {args.dtype}")
-            print(f"\n{table(rows)}\n\nwritten: {args.out}, {args.out.with_suffix('.png')}")
+        plot(args.out.with_suffix(".png"), measured, f"{facts['device']}, {args.dtype}")
+    except ImportError:
+        print("no plot: matplotlib does not import")
+
+
+def report(rows: list[Row], left_out: Counter[str], path: Path) -> None:
+    """Print what was measured, what failed and what was left out."""
+    if measured := [row for row in rows if not row["failure"]]:
+        print(f"\n{table(measured)}\n")
+    for row in rows:
+        if row["failure"]:
+            print(f"failed: {' '.join(str(row[name]) for name in (*SWEEP, 'provider', 'failure'))}")
+    for reason, count in left_out.items():
+        print(f"no row at {count} points: {reason}")
+    print(f"written: {path}", flush=True)
 
 
 if __name__ == "__main__":
