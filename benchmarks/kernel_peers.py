@@ -219,6 +219,7 @@ def xformers(case: Case) -> Run:
     """xFormers' tree_attention: paged prefix without a mask, tree with one, merged."""
     need_cuda(case)
     try:
+        from xformers.ops.fmha import triton_splitk
         from xformers.ops.fmha.attn_bias import (
             BlockDiagonalPaddedKeysMask,
             PagedBlockDiagonalPaddedKeysMask,
@@ -248,7 +249,9 @@ def xformers(case: Case) -> Run:
     bias.masked_fill_(~case.ancestors, float("-inf"))
 
     def run(layer: int) -> torch.Tensor:
-        attended = tree_attention(queries, *layers[layer], bias, prefix)
+        # Named, as xFormers 0.0.35 raises a TypeError where it chooses for a paged prefix itself.
+        operator = triton_splitk.FwOp
+        attended = tree_attention(queries, *layers[layer], bias, prefix, prefix_op=operator)
         return attended.reshape(requests * rows, shape.num_q_heads, shape.head_size)
 
     return run
