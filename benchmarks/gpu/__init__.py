@@ -1,0 +1,1 @@
+"""The parts of `make gpu-suite` (benchmarks/gpu_suite.py)."""

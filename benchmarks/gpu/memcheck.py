@@ -1,0 +1,223 @@
+"""Small cases of every kernel, each compared with its naive twin: what `compute-sanitizer` watches.
+
+compute-sanitizer --tool memcheck python benchmarks/gpu/memcheck.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
+
+import torch
+from bita_kernels.accept_tree import accept_tree, accept_tree_naive
+from bita_kernels.add_mask_lora import add_mask_lora
+from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels.build_block import build_block, build_block_naive, workspace_shape
+from bita_kernels.move_kv import LayerCaches, move_kv, move_kv_naive
+from bita_kernels.tree_attention import Workspace, tree_attention
+from bita_kernels.tree_table import TreeTable
+from kernel_cases import Case, Shape
+from kernel_providers import attention_config, with_our_arguments
+
+from bita_vllm.tree import Template, TemplateTable
+
+REQUESTS, VOCAB_SIZE = 3, 1000
+TREES = ([1], [2, 1], [5, 4, 3])
+Check = tuple[str, Callable[[], float]]  # a case, and what gives its error
+
+
+def attention(device: torch.device) -> Iterator[Check]:
+    """Head sizes and groups that round and that do not; lengths that end inside a page and a tile."""
+    for shape in (
+        Shape("D 64, group 3", 9, 3, 64),
+        Shape("D 128, group 4", 8, 2, 128),
+        Shape("D 80", 2, 2, 80),
+    ):
+        for rows, context in ((1, 33), (16, 100), (52, 47)):
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            case = Case(shape, context, REQUESTS, rows, dtype, device, 1024)
+            for parallel in (False, True):
+                kind = "splits side by side" if parallel else "splits in turn"
+                yield (
+                    f"tree_attention, {shape.name}, R = {rows}, {kind}",
+                    lambda case=case, parallel=parallel: attention_error(case, parallel),
+                )
+
+
+def attention_error(case: Case, parallel: bool) -> float:
+    """Of the node rows, from float64."""
+    config, shape, workspace = attention_config(case), case.shape, None
+    if parallel:
+        workspace = Workspace.empty(
+            config, REQUESTS, case.num_rows, shape.num_q_heads, shape.head_size,
+            case.max_model_len, case.device,
+        )  # fmt: skip
+    return case.error(with_our_arguments(tree_attention, case, config, workspace)(0))
+
+
+def walks(device: torch.device) -> Iterator[Check]:
+    """Blocks of every line of a table, whole and cut, and a request without one."""
+    for widths in TREES:
+        table = TreeTable.of(TemplateTable(Template.from_widths(widths, 3)), device)
+        generator = torch.Generator().manual_seed(0)
+        rows = table.num_rows
+        steps = table.max_depth + 1
+
+        def int32(*values: int, device: torch.device = device) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        tokens = torch.randint(0, 3, (REQUESTS * rows,), generator=generator).to(device)
+        targets = torch.randint(0, 3, (REQUESTS * rows,), generator=generator).to(device)
+
+        def arguments(
+            table: TreeTable = table, rows: int = rows, steps: int = steps,
+            tokens: torch.Tensor = tokens, targets: torch.Tensor = targets,
+        ) -> dict[str, Any]:  # fmt: skip
+            first = int32(*(i * rows for i in range(REQUESTS)))
+            last = len(table.num_depths) - 1
+            empty = {
+                name: torch.full(shape, -7, dtype=torch.int32, device=device)
+                for name, shape in (
+                    ("path", (REQUESTS, steps)),
+                    ("num_emitted", (REQUESTS,)),
+                    ("last_node", (REQUESTS,)),
+                    ("next_line", (REQUESTS,)),
+                    ("mask_rows", (REQUESTS, steps - 1)),
+                )
+            }
+            return {
+                "target_tokens": targets,
+                "row_tokens": tokens,
+                "first_target": first,
+                "first_row": first,
+                "num_rows": int32(rows, max(rows - 1, 1), 1),
+                "line": int32(last, last, -1),
+                "emitting": torch.ones(REQUESTS, dtype=torch.bool, device=device),
+                "table": table,
+                "tokens": torch.full((REQUESTS, steps), -7, device=device),
+                **empty,
+            }
+
+        yield (
+            f"accept_tree, {widths}",
+            lambda a=arguments: different(accept_tree, accept_tree_naive, a),
+        )
+
+
+def blocks(device: torch.device) -> Iterator[Check]:
+    """Candidates from a vocabulary that no chunk divides."""
+    for widths in TREES:
+        table = TreeTable.of(TemplateTable(Template.from_widths(widths, 3)), device)
+        logits = torch.randn(9, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+
+        def arguments(table: TreeTable = table, logits: torch.Tensor = logits) -> dict[str, Any]:
+            rows = torch.arange(REQUESTS * table.max_depth).view(REQUESTS, -1) % len(logits)
+            line = torch.full((REQUESTS,), len(table.num_depths) - 1)
+            shape = workspace_shape(REQUESTS, VOCAB_SIZE, table)
+            return {
+                "logits": logits.to(device),
+                "logits_rows": rows.int().to(device),
+                "line": line.int().to(device),
+                "first_mask_id": VOCAB_SIZE,
+                "table": table,
+                "workspace": torch.full(shape, 2**63 - 1, device=device),
+                "draft_tokens": torch.full((REQUESTS, table.num_rows - 1), -7, device=device),
+            }
+
+        yield (
+            f"build_block, {widths}",
+            lambda a=arguments: different(build_block, build_block_naive, a, ("draft_tokens",)),
+        )
+
+
+def moves(device: torch.device) -> Iterator[Check]:
+    """Accepted rows of two layers, over the ends of pages."""
+    caches = torch.randn(
+        2, 13, 2, 16, 2 * 64, generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
+
+    def arguments() -> dict[str, Any]:
+        own = caches.clone().to(device)
+        pairs = [layer.transpose(1, 2).split(64, dim=3) for layer in own]
+        return {
+            "caches": LayerCaches.of(*zip(*pairs, strict=True)),
+            "block_table": torch.arange(12, device=device).view(REQUESTS, 4).int(),
+            "context_len": torch.tensor([14, 0, 30], device=device).int(),
+            "path": torch.tensor([[0, 2, 7, 9], [0, 1, 2, 0], [0, 0, 0, 0]], device=device).int(),
+            "num_emitted": torch.tensor([4, 3, 1], device=device).int(),
+        }
+
+    def error() -> float:
+        mine, theirs = arguments(), arguments()
+        move_kv(**mine)
+        move_kv_naive(**theirs)
+        pairs = zip(mine["caches"].keys, theirs["caches"].keys, strict=True)
+        return float(any(not torch.equal(a, b) for a, b in pairs))
+
+    yield "move_kv", error
+
+
+def deltas(device: torch.device) -> Iterator[Check]:
+    """A fused layer of three parts, sizes that nothing divides."""
+    parts = torch.tensor([(0, 96), (96, 128), (128, 165)], dtype=torch.int32, device=device)
+
+    def error() -> float:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        rows = torch.full((35,), 10**6, device=device)
+        rows[:20] = torch.arange(4, 24, device=device)
+        mine = (
+            random(32, 165), random(32, 75), random(15, 75) / 9, random(165, 5) / 2, parts, rows,
+            torch.tensor([20], device=device),
+        )  # fmt: skip
+        theirs = tuple(x.clone() for x in mine)
+        add_mask_lora(*mine)
+        add_mask_lora_naive(*theirs)
+        return ((mine[0] - theirs[0]).abs().max() / theirs[0].abs().max()).item()
+
+    yield "add_mask_lora", error
+
+
+def different(
+    kernel: Callable[..., None],
+    twin: Callable[..., None],
+    arguments: Callable[[], dict[str, Any]],
+    names: tuple[str, ...] = (
+        "tokens",
+        "path",
+        "num_emitted",
+        "last_node",
+        "next_line",
+        "mask_rows",
+    ),
+) -> float:
+    """1 if an output of the kernel is not its twin's."""
+    mine, theirs = arguments(), arguments()
+    kernel(**mine)
+    twin(**theirs)
+    return float(any(not torch.equal(mine[name], theirs[name]) for name in names))
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tolerance, wrong = (2e-2 if device.type == "cuda" else 1e-4), 0
+    for kind in (attention, walks, blocks, moves, deltas):
+        for name, error_of in kind(device):
+            error = error_of()
+            wrong += error > tolerance
+            print(f"{name}: {error:.1e}{' WRONG' if error > tolerance else ''}", flush=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    sys.exit(f"{wrong} cases differ from their twins" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
