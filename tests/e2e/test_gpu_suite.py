@@ -1,4 +1,4 @@
-"""`make gpu-suite` runs to its end, with `--dry` on a CPU."""
+"""Every part of `make gpu-suite` runs to its end, with `--dry` on a CPU."""
 
 import csv
 import subprocess
@@ -9,22 +9,72 @@ import pytest
 from e2e.engines import ON_GPU_RUNNER
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+from gpu.requests import KINDS
+
+from bita_vllm.ladder import Ladder
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ON_GPU_RUNNER, reason="runs with --runner gpu"),
 ]
 
 
-def test_dry_run_measures_every_part(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--dry", "--out", tmp_path]
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """The folder of a run of every part."""
+    folder = tmp_path_factory.mktemp("suite")
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--dry", "--out", folder]
+    command += ["--part", "tokens", "throughput", "steps", "training"]
     done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout[-4000:], done.stderr[-2000:])
+    print(done.stdout[-6000:], done.stderr[-3000:])
     assert done.returncode == 0
-    rows = {path.stem: list(csv.DictReader(path.open())) for path in tmp_path.glob("*.csv")}
-    assert rows.keys() == {"gpu_correctness", "gpu_steps", "gpu_throughput", "kernels_dry"}
-    (correct,) = rows["gpu_correctness"]
-    assert correct["identical"] == correct["prompts"] == "3"
-    assert correct["prefill"] == "Triton"
-    assert {row["arm"] for row in rows["gpu_steps"]} == {"plain", "bita 16 rows"}
-    assert all(float(row["step_ms"]) > 0 and row["git_sha"] for row in rows["gpu_steps"])
-    assert all(row["identical"] in ("2/2", "4/4") for row in rows["gpu_throughput"])
+    return folder
+
+
+def rows(out: Path, name: str) -> list[dict[str, str]]:
+    found = list(csv.DictReader((out / f"{name}.csv").open()))
+    assert all(row["git_sha"] and row["device"] for row in found)
+    return found
+
+
+def test_tokens_of_every_kind_of_request_are_plain_vllms(out):
+    found = rows(out, "tokens-tiny")
+    assert [row["kind"] for row in found] == list(KINDS)
+    for row in found:
+        assert row["failure"] == ""
+        assert row["identical"] == row["prompts"] == "3", row
+    assert int(next(row for row in found if row["kind"] == "prefix cache")["cached_tokens"]) > 0
+
+
+def test_throughput_has_both_arms_under_both_loads(out):
+    found = rows(out, "throughput-tiny")
+    assert {(row["arm"], row["load"]) for row in found} == {
+        (arm, load) for arm in ("plain", "bita") for load in ("closed", "arrivals")
+    }
+    assert all(float(row["tokens_per_second"]) > 0 for row in found)
+    accepted = [float(row["accepted_length"]) for row in found if row["arm"] == "bita"]
+    assert max(accepted) > 1.2, "acceptance is imposed"
+    assert all(float(row["accepted_length"]) == 1 for row in found if row["arm"] == "plain")
+    assert "accepted x plain/step" in (out / "throughput.txt").read_text()
+
+
+def test_steps_leave_a_ladder_and_the_kernels_rows(out):
+    (path,) = out.glob("ladder-*.json")
+    Ladder.load(path).check(3)
+    assert {(row["requests"], row["rows"]) for row in rows(out, "steps")} == {
+        (n, r) for n in ("1", "2") for r in ("1", "4.0", "8.0")
+    }
+    assert {row["provider"] for row in rows(out, "kernels_dry")} == {"sdpa", "naive"}
+
+
+def test_training_says_why_xformers_has_no_figures_on_a_cpu(out):
+    (row,) = rows(out, "training")
+    assert row["way"] == "mask rows, xformers"
+    assert row["failure"]
+    assert row["seconds_median"] == ""
+
+
+def test_everything_fits_into_a_folder_of_a_few_files_a_part(out):
+    for part in ("tokens", "throughput", "steps", "training"):
+        assert (out / f"{part}.txt").read_text().rstrip().endswith(str(out))
