@@ -58,7 +58,9 @@ bench-serving: $(if $(filter .venv/bin,$(BIN)),venv model)
 bench-kernels: venv
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
-# On a machine with a GPU, with vLLM and this package installed: make gpu-suite BIN=$$(dirname $$(which python3))
+# On a machine with a GPU, with vLLM and this package installed, three commands of under nine minutes each:
+#   make gpu-suite BIN=$$(dirname $$(which python3)) ARGS='--part tokens --out results'   (then throughput, steps)
+# ARGS=--plan says what runs, and for how long; ARGS=--dry runs every part on a CPU, interpreted.
 gpu-suite:
 	$(BIN)/python benchmarks/gpu_suite.py $(ARGS)
 

@@ -66,10 +66,7 @@ def engine(arm: Arm) -> Iterator[Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     options = dict(arm.options)
     if arm.checked:
-        import vllm.envs as envs
-
-        if "VLLM_GPU_SYNC_CHECK" in envs.environment_variables:
-            os.environ["VLLM_GPU_SYNC_CHECK"] = "error"
+        os.environ["VLLM_GPU_SYNC_CHECK"] = "error"  # read when vLLM's worker is imported
         options["jit_monitor_mode"] = "error"
     from vllm import LLM
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from e2e.engines import ON_GPU_RUNNER
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from gpu.requests import KINDS
 
 from bita_vllm.ladder import Ladder
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ON_GPU_RUNNER, reason="runs with --runner gpu"),
