@@ -14,7 +14,7 @@ from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.tree_attention import Workspace, tree_attention
 from bita_kernels.tree_attention_naive import tree_attention_naive
 from bita_kernels.tree_table import TreeTable, packed_bits
-from kernel_cases import NUM_PROMPT_TOKENS, Case
+from kernel_cases import BLOCK_SIZE, NUM_PROMPT_TOKENS, Case
 from kernel_peers import Run, Unavailable, need_cuda
 
 
@@ -92,6 +92,10 @@ def with_our_arguments(
     seq_lens = torch.full((requests,), case.num_slots, dtype=torch.int32, device=device)
     line = torch.zeros_like(seq_lens)
     out = torch.empty_like(case.queries)
+    # As wide as an engine's, whose sequences may come to max_model_len.
+    blocks = -(-longest(case) // BLOCK_SIZE)
+    padding = (0, blocks - case.block_table.shape[1])
+    block_table = torch.nn.functional.pad(case.block_table, padding)
 
     def run(layer: int) -> torch.Tensor:
         keys, values = case.pages(layer)
@@ -99,7 +103,7 @@ def with_our_arguments(
             case.queries,
             keys,
             values,
-            case.block_table,
+            block_table,
             query_start,
             seq_lens,
             line,

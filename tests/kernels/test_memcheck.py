@@ -1,0 +1,26 @@
+"""The cases that compute-sanitizer watches on a GPU (benchmarks/gpu/memcheck.py), interpreted."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from gpu import memcheck
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["walks", "blocks", "moves", "deltas"])
+def test_every_kernel_equals_its_twin(kind):
+    for name, error_of in getattr(memcheck, kind)(CPU):
+        assert error_of() < 1e-5, name
+
+
+def test_tree_attention_as_the_kernel_benchmark_calls_it():
+    """Head size 64, R = 16, with an engine's max_model_len: splits in turn and side by side."""
+    cases = [case for case in memcheck.attention(CPU) if "D 64" in case[0] and "R = 16" in case[0]]
+    assert len(cases) == 2
+    for name, error_of in cases:
+        assert error_of() < 1e-5, name
