@@ -201,6 +201,10 @@ class Engines:
         finally:
             self.close()
 
+    def checked(self, name: str) -> bool:
+        """Whether that arm still runs under vLLM's checks."""
+        return self._arms[name].checked
+
     def close(self) -> None:
         """End every engine."""
         while self._workers:
@@ -233,7 +237,8 @@ class Engines:
             return self._workers[name].ask(task, limit)
         except Failed as reason:
             self._lost(name, task.name, reason)
-            return reason
+            # What a check has ended is asked again without it.
+            return self._ask(name, task) if self._arms[name].checked else reason
 
     def _lost(self, name: str, what: str, reason: Failed) -> None:
         self._machine.fail(f"{name}, {what}", str(reason))

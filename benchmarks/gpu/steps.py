@@ -43,17 +43,16 @@ TUNE = {
     True: "--requests 1 2 --rows 4 8 --steps 2 --max-num-seqs 2 --dtype float32",
 }
 CONTEXTS, CONTEXT_REQUESTS, CONTEXT_STEPS = (1024, 8192, 16384), (1, 8), 32
+CONTEXT_ROWS, WARM_UP_STEPS = 16, 4
 
 
 def items(dry: bool) -> list[Item]:
     """Most valuable first."""
-    found = [
+    return [
         Item(f"bita tune, {LARGE} shape: a ladder of this GPU", 1, 130, tune),
         Item("tree attention beside its peers", 0, KERNEL_LIMIT, kernels),
+        Item(f"steps by context, {LARGE} shape", 2, 110, contexts),
     ]
-    if not dry:
-        found.append(Item(f"steps by context, {LARGE} shape", 2, 110, contexts))
-    return found
 
 
 def large_model(machine: Machine) -> tuple[Path, Path]:
@@ -90,7 +89,7 @@ def tune(machine: Machine) -> None:
     plain = {requests: seconds for requests, rows, seconds in points if rows == 1}
     for requests, rows, seconds in points:
         ratio = round(seconds / plain[requests], 3) if requests in plain else ""
-        row = {"case": case, "requests": requests, "rows": round(rows, 2), "to_plain": ratio}
+        row = {"case": case, "requests": requests, "rows": f"{rows:.4g}", "to_plain": ratio}
         file.add({**row, "step_ms": round(1e3 * seconds, 3)})
     file.close()
     machine.say(f"\nsteps of {case}\n{table(file.rows, STEP_COLUMNS)}\nladder: {path.name}")
@@ -157,53 +156,61 @@ def kernels(machine: Machine) -> None:
 
 
 def contexts(machine: Machine) -> None:
-    """Median time of a step while every request decodes, without compilation, in FULL graphs of these sizes alone."""
-    model, adapter = large_model(machine)
-    rows = 16
-
-    def options(rows_each: int) -> dict[str, Any]:
-        return {
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "max_model_len": 131072,  # as served: our splits follow from it
-            "max_num_seqs": max(CONTEXT_REQUESTS),
-            "enable_prefix_caching": False,
-            "dtype": "bfloat16",
-            "kv_cache_memory_bytes": 18 * 2**30,  # two engines share the GPU
-            "gpu_memory_utilization": 0.4,
-            "compilation_config": {
-                "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": [n * rows_each for n in CONTEXT_REQUESTS],
-            },
-        }
-
-    bita = {"model": str(adapter), "num_speculative_tokens": rows - 1}
-    arms = [
-        Arm(PLAIN, model, {**options(1), **machine.plain_options}),
-        Arm(f"bita {rows} rows", model, options(rows), bita),
-    ]
+    """Median time of a step while every request decodes, by context: plain vLLM and blocks of 16 rows."""
+    if machine.dry:
+        model = make_tiny(machine.scratch / "tiny", 1)
+        adapter = make_adapter(machine.scratch / "tiny-adapter", model)
+        case, lengths, requests, steps = "tiny", (8,), (1, 2), 2
+    else:
+        model, adapter = large_model(machine)
+        case, lengths, requests, steps = LARGE, CONTEXTS, CONTEXT_REQUESTS, CONTEXT_STEPS
+    arms = [Arm(PLAIN, model), Arm(f"bita {CONTEXT_ROWS} rows", model, {}, {"model": str(adapter)})]
+    for arm, rows in zip(arms, (1, CONTEXT_ROWS), strict=True):
+        if arm.bita is not None:
+            arm.bita["num_speculative_tokens"] = rows - 1
+        if not machine.dry:
+            arm.options.update(context_options(rows))
+    arms[0].options.update(machine.plain_options)
     tasks = [
         Task(
             f"{context} {n}",
             decode_steps,
-            {"context": context, "requests": n},
+            {"context": context, "requests": n, "steps": steps},
             3 + n * context / 20000,
         )
-        for context in CONTEXTS
-        for n in CONTEXT_REQUESTS
+        for context in lengths
+        for n in requests
     ]
     file = RowFile(machine.out / "contexts.csv", CONTEXT_COLUMNS, machine.facts)
     for arm, task, result in Engines(machine, arms).answers(tasks):
         context, n = task.name.split()
-        row: Row = {"case": LARGE, "arm": arm, "context": context, "requests": n}
+        row: Row = {"case": case, "arm": arm, "context": context, "requests": n}
         key = "failure" if isinstance(result, Failed) else "step_ms"
         file.add({**row, key: str(result) if isinstance(result, Failed) else result})
     file.close()
     machine.say(f"\nsteps by context\n{table(file.rows, CONTEXT_COLUMNS)}")
 
 
-def decode_steps(llm: Any, context: int, requests: int) -> float:
+def context_options(rows: int) -> dict[str, Any]:
+    """Of an engine that serves long contexts: not compiled, FULL graphs of these sizes alone, so it starts soon."""
+    return {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 131072,  # as served: our splits follow from it
+        "max_num_seqs": max(CONTEXT_REQUESTS),
+        "enable_prefix_caching": False,
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 18 * 2**30,  # two engines share the GPU
+        "gpu_memory_utilization": 0.4,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [n * rows for n in CONTEXT_REQUESTS],
+        },
+    }
+
+
+def decode_steps(llm: Any, context: int, requests: int, steps: int) -> float:
     """Milliseconds of a step in which all requests decode: the median; the requests are dropped then."""
     from statistics import median
 
@@ -211,14 +218,15 @@ def decode_steps(llm: Any, context: int, requests: int) -> float:
 
     engine = llm.llm_engine
     names = [f"{context}-{requests}-{i}" for i in range(requests)]
+    prompts = some_prompts(requests, context, engine.model_config.get_vocab_size())
     params = SamplingParams(
-        temperature=0.0, max_tokens=8 * CONTEXT_STEPS, ignore_eos=True, detokenize=False
+        temperature=0.0, max_tokens=8 * (steps + WARM_UP_STEPS), ignore_eos=True, detokenize=False
     )
-    for name, prompt in zip(names, some_prompts(requests, context, 128256), strict=True):
+    for name, prompt in zip(names, prompts, strict=True):
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     started: set[str] = set()
     times: list[float] = []
-    while len(times) < CONTEXT_STEPS + 4 and engine.has_unfinished_requests():
+    while len(times) < steps + WARM_UP_STEPS and engine.has_unfinished_requests():
         decoding, begun = len(started) == requests, time.perf_counter()
         started |= {output.request_id for output in engine.step()}
         if decoding:
@@ -226,4 +234,4 @@ def decode_steps(llm: Any, context: int, requests: int) -> float:
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return round(1e3 * median(times[4:] or times), 3)
+    return round(1e3 * median(times[WARM_UP_STEPS:] or times), 3)

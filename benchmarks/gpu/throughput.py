@@ -22,7 +22,7 @@ from gpu.models import (
     make_tiny,
     some_prompts,
 )
-from gpu.report import SHOWN, ratios
+from gpu.report import EAGLE_3, SHOWN, ratios
 from gpu.requests import serve
 
 COLUMNS = (
@@ -191,4 +191,6 @@ def measure(
             )
         file.add({**row, **result})
     file.close()
-    machine.say(f"\n{case}\n{table(ratios(file.rows, PLAIN), SHOWN)}")
+    machine.say(
+        f"\n{case}\n{table(ratios(file.rows, PLAIN, EAGLE_3 if case == LARGE else {}), SHOWN)}"
+    )

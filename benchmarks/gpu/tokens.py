@@ -102,7 +102,8 @@ def compare(
         for kind in kinds
     ]
     found: dict[tuple[str, str], Any] = {}
-    for arm, task, result in Engines(machine, [plain, bita]).answers(tasks):
+    engines = Engines(machine, [plain, bita])
+    for arm, task, result in engines.answers(tasks):
         found[arm, task.name] = result
         pair = [found.get((name, task.name)) for name in (plain.name, bita.name)]
         if None in pair:
@@ -112,7 +113,7 @@ def compare(
             "case": case,
             "arm": bita.name,
             "kind": task.name,
-            "checks": "sync, JIT" if bita.checked else "",
+            "checks": "sync, JIT" if engines.checked(bita.name) else "",
             **beside_plain(pair[1], pair[0], gaps),
         })  # fmt: skip
     file.close()

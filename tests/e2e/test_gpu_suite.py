@@ -63,8 +63,13 @@ def test_steps_leave_a_ladder_and_the_kernels_rows(out):
     (path,) = out.glob("ladder-*.json")
     Ladder.load(path).check(3)
     assert {(row["requests"], row["rows"]) for row in rows(out, "steps")} == {
-        (n, r) for n in ("1", "2") for r in ("1", "4.0", "8.0")
+        (n, r) for n in ("1", "2") for r in ("1", "4", "8")
     }
+    by_context = rows(out, "contexts")
+    assert {(row["arm"], row["requests"]) for row in by_context} == {
+        (arm, n) for arm in ("plain", "bita 16 rows") for n in ("1", "2")
+    }
+    assert all(float(row["step_ms"]) > 0 for row in by_context)
     assert {row["provider"] for row in rows(out, "kernels_dry")} == {"sdpa", "naive"}
 
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bita_kernels.accept_tree import accept_tree_naive
 from bita_kernels.tree_table import TreeTable
-from gpu.engines import Failed
+from gpu import engines
+from gpu.engines import Arm, Engines, Failed, Task
 from gpu.imposed import Imposing, imposed_targets
 from gpu.machine import Machine, RowFile
 from gpu.models import acceptance_of, make_adapter, make_shape
-from gpu.report import interval, ratios
+from gpu.report import EAGLE_3, interval, ratios
 from gpu.requests import figures
 from gpu.throughput import arriving_tasks, closed_tasks
 from gpu.tokens import beside_plain, differences
@@ -130,7 +132,7 @@ def test_a_ratio_is_taken_within_a_repeat():
     rows = [row("plain", r, a, 5.0) for r, (a, _) in rates.items()]
     rows += [row("bita", r, b, 6.0) for r, (_, b) in rates.items()]
     rows.append({**row("bita", "1", "", ""), "load": "arrivals"})  # it failed
-    (line,) = ratios(rows, "plain")
+    (line,) = ratios(rows, "plain", EAGLE_3)
     assert line["ratio"] == f"{(1.5 * 1.5 * 1.6) ** (1 / 3):.3f}"
     assert line["accepted x plain/step"] == f"{2 * 5 / 6:.3f}"
     assert line["EAGLE-3"] == 1.62
@@ -194,3 +196,50 @@ def test_what_does_not_fit_is_named(tmp_path):
     machine.fail("memcheck", "not run: 0 s left")
     assert machine.failed == ["memcheck"]
     assert "memcheck: not run" in (tmp_path / "tokens.txt").read_text()
+
+
+class FragileWorker:
+    """An engine's process that dies of the task named 'syncs' as long as it is checked."""
+
+    started: ClassVar[list] = []
+
+    def __init__(self, arm, log):
+        self.arm = arm
+        self.started.append((arm.name, arm.checked))
+
+    def receive(self, seconds):
+        pass
+
+    def ask(self, task, seconds):
+        if self.arm.checked and task.name == "syncs":
+            raise Failed("GPU<->CPU sync detected")
+        return f"{self.arm.name} {task.name}"
+
+    def close(self):
+        pass
+
+
+def test_an_engine_that_a_check_ends_answers_without_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(engines, "Worker", FragileWorker)
+    monkeypatch.setattr(FragileWorker, "started", [])
+    machine = Machine("tokens", tmp_path, tmp_path, None, tmp_path, 540.0, False, {})
+    arms = [Arm("plain", tmp_path), Arm("bita", tmp_path, bita={}, checked=True)]
+    both = Engines(machine, arms)
+    tasks = [Task(name, print, {}) for name in ("first", "syncs", "last")]
+    answers = [(arm, task.name, result) for arm, task, result in both.answers(tasks)]
+    assert [answer[:2] for answer in answers] == [
+        ("plain", "first"), ("bita", "first"), ("bita", "syncs"), ("plain", "syncs"),
+        ("plain", "last"), ("bita", "last"),
+    ]  # fmt: skip
+    assert all(result == f"{arm} {name}" for arm, name, result in answers)
+    assert FragileWorker.started == [("plain", False), ("bita", True), ("bita", False)]
+    assert not both.checked("bita")
+    assert machine.failed == ["bita, syncs"]
+
+
+def test_vllm_has_the_checks_that_the_suite_asks_for():
+    import vllm.envs as envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert "jit_monitor_mode" in EngineArgs.__dataclass_fields__
+    assert "VLLM_GPU_SYNC_CHECK" in envs.environment_variables
