@@ -20,7 +20,13 @@ from gpu.machine import Machine
 
 PLAIN = "plain"
 START_LIMIT = 240  # seconds
-SMALL = {"max_model_len": 96, "max_num_seqs": 4, "num_gpu_blocks_override": 16, "dtype": "float32"}
+SMALL = {
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,  # a long prompt comes in two chunks
+    "num_gpu_blocks_override": 16,
+    "dtype": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def engine(arm: Arm) -> Iterator[Any]:
     plugin.register()  # also where the package is on the path, but not installed
     if arm.bita is not None:
         options["speculative_config"] = {"method": "bita", **arm.bita}
-    llm = LLM(str(arm.model), async_scheduling=True, **options)
+    llm = LLM(str(arm.model), **{"async_scheduling": True, **options})
     try:
         if arm.prepare:
             arm.prepare(llm)
@@ -219,6 +225,8 @@ class Engines:
                 self._workers[name].receive(min(START_LIMIT, self._machine.remaining()))
             except Failed as reason:
                 self._lost(name, "its start", reason)
+                if not self._arms[name].checked:  # a second try would end alike
+                    self._restarts[name] = 0
 
     def _ask(self, name: str, task: Task) -> Any:
         if self._machine.remaining() < task.seconds:

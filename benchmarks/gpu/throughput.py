@@ -33,7 +33,7 @@ BITA = "bita"
 CLOSED, ARRIVALS = "closed", "arrivals"
 REPEATS = 3
 PROMPT_LEN = 128  # of the large model's requests
-# requests a second that come in for so many seconds, and requests that go on decoding meanwhile
+# (requests a second, seconds): they come in while others decode
 LOADS = ((8, 5.0), (32, 5.0))
 
 
