@@ -37,7 +37,7 @@ class Arm:
         options: arguments of vLLM's LLM class.
         bita: the speculative config less the method; None for plain vLLM.
         checked: a host sync or a late compilation in a step is an error, by vLLM's own checks.
-        prepare: called with the engine before anything is asked.
+        prepare: called with the engine before anything is asked; returns what undoes it.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     bita: dict[str, Any] | None = None
     checked: bool = False
-    prepare: Callable[[Any], None] | None = None
+    prepare: Callable[[Any], Callable[[], None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class LocalWorker:
                 interpreted(arm.model, arm.bita, **{**options, **SMALL})
             )
             if arm.prepare:
-                arm.prepare(self._llm)
+                self._stack.callback(arm.prepare(self._llm))
         except BaseException:
             self._stack.close()
             raise

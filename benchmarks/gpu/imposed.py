@@ -105,24 +105,27 @@ class Imposing:
         places += given["num_emitted"]
 
 
-def install(llm: Any) -> None:
-    """Impose recorded acceptance on a bita engine of this process, wherever its runner calls the walk.
+def install(llm: Any) -> Callable[[], None]:
+    """Impose recorded acceptance on a bita engine of this process; returns what undoes it.
 
-    Raises RuntimeError if nothing does.
+    Raises RuntimeError if no module of the runner calls the walk.
     """
     import numpy as np
-    from bita_kernels import accept_tree as kernel
+    from bita_kernels.accept_tree import accept_tree
     from recorded_ranks import recorded_ranks
 
-    ranks = torch.from_numpy(np.concatenate(recorded_ranks("mt_bench")))
-    original, found = kernel.accept_tree, 0
-    imposing = Imposing(original, ranks)
-    for module in list(sys.modules.values()):
-        ours = getattr(module, "__name__", "").startswith("bita_vllm.")
-        if ours and getattr(module, "accept_tree", None) is original:
-            module.accept_tree = imposing  # type: ignore[attr-defined]
-            found += 1
-    if not found:
-        raise RuntimeError(
-            "no module of bita_vllm calls accept_tree, so acceptance cannot be imposed"
-        )
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("bita_vllm.") and getattr(module, "accept_tree", None) is accept_tree
+    ]
+    if not modules:
+        raise RuntimeError("nothing in bita_vllm calls accept_tree, so acceptance is not imposed")
+    imposing = Imposing(accept_tree, torch.from_numpy(np.concatenate(recorded_ranks("mt_bench"))))
+
+    def put(function: Any) -> None:
+        for module in modules:
+            module.accept_tree = function  # type: ignore[attr-defined]
+
+    put(imposing)
+    return lambda: put(accept_tree)
