@@ -75,6 +75,7 @@ def with_our_arguments(
     table = TreeTable(
         num_depths=torch.zeros(1, dtype=torch.int32, device=device),
         num_nodes=torch.tensor([case.num_nodes], dtype=torch.int32, device=device),
+        num_masks=torch.tensor([rows - case.num_nodes], dtype=torch.int32, device=device),
         parent=one_line(parent),
         rank=one_line(none),  # ranks and candidates play no part in attention
         depth=one_line(depth),

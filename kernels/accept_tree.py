@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import FLAGS, INT32, INTEGERS, check_device, check_tensor
+from .checks import FLAGS, INT32, INTEGERS, check_device, check_tensor, kind_of
 from .shipped import Shipped
 from .tree_table import TreeTable
+
+_checked: set[object] = set()
 
 
 def accept_tree(
@@ -34,18 +36,19 @@ def accept_tree(
     line: torch.Tensor,
     # [B] bool, False for requests that must not emit a token (partial prefill, padding)
     emitting: torch.Tensor,
+    # [B] int32, where the block's first mask row lies: in the step, or wherever mask rows are wanted in
+    first_mask: torch.Tensor,
     table: TreeTable,
-    # Outputs. [B, max_depth + 1] int32 or int64, emitted tokens, -1 behind the last
+    # Outputs. [B, max_depth + 3] int32 or int64, emitted tokens, -1 after the last; then the request's line, and the
+    # row in the block where the walk stopped: one buffer, as it travels to the host
     tokens: torch.Tensor,
     # [B, max_depth + 1] int32, row in the block at each step of the walk, 0 behind the last
     path: torch.Tensor,
     # [B] int32, tokens emitted
     num_emitted: torch.Tensor,
-    # [B] int32, row in the block where the walk stopped
-    last_node: torch.Tensor,
-    # [B] int32, line of the next block: depths that have candidates
-    next_line: torch.Tensor,
-    # [B, max_depth] int32, row of the step that predicts depth d+1 of the next block, or -1
+    # [B] int32, depths of the next block that have candidates
+    next_depths: torch.Tensor,
+    # [B, max_depth] int32 or int64, row that predicts depth d+1 of the next block, counted as first_mask, or -1
     mask_rows: torch.Tensor,
 ) -> None:
     """Walk, accepted tokens, and where the next candidates come from; writes every output, nothing else.
@@ -56,24 +59,15 @@ def accept_tree(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    check_device(_accept_tree_kernel, table.device)
-    check_tensor("line", line, [None], INT32, table.device)
-    num_requests, steps = len(line), table.max_depth + 1
-    for name, tensor, shape, dtypes in (
-        ("target_tokens", target_tokens, [None], INTEGERS),
-        ("row_tokens", row_tokens, [None], INTEGERS),
-        ("first_target", first_target, [num_requests], INT32),
-        ("first_row", first_row, [num_requests], INT32),
-        ("num_rows", num_rows, [num_requests], INT32),
-        ("emitting", emitting, [num_requests], FLAGS),
-        ("tokens", tokens, [num_requests, steps], INTEGERS),
-        ("path", path, [num_requests, steps], INT32),
-        ("num_emitted", num_emitted, [num_requests], INT32),
-        ("last_node", last_node, [num_requests], INT32),
-        ("next_line", next_line, [num_requests], INT32),
-        ("mask_rows", mask_rows, [num_requests, steps - 1], INT32),
-    ):
-        check_tensor(name, tensor, shape, dtypes, table.device)
+    tensors = (
+        target_tokens, row_tokens, first_target, first_row, num_rows, line, emitting, first_mask,
+        tokens, path, num_emitted, next_depths, mask_rows,
+    )  # fmt: skip
+    kind = (table.max_depth, *kind_of(tensors))
+    if kind not in _checked:
+        _check(table, tensors)
+        _checked.add(kind)
+    num_requests = len(line)
     if num_requests == 0:
         return
     _accept_tree_kernel[(num_requests,)](
@@ -84,14 +78,14 @@ def accept_tree(
         num_rows,
         line,
         emitting,
+        first_mask,
         table.num_nodes,
         table.parent,
         table.candidate_rows,
         tokens,
         path,
         num_emitted,
-        last_node,
-        next_line,
+        next_depths,
         mask_rows,
         table.num_rows,
         table.max_nodes,
@@ -108,12 +102,12 @@ def accept_tree_naive(
     num_rows: torch.Tensor,
     line: torch.Tensor,
     emitting: torch.Tensor,
+    first_mask: torch.Tensor,
     table: TreeTable,
     tokens: torch.Tensor,
     path: torch.Tensor,
     num_emitted: torch.Tensor,
-    last_node: torch.Tensor,
-    next_line: torch.Tensor,
+    next_depths: torch.Tensor,
     mask_rows: torch.Tensor,
 ) -> None:
     """The specification of `accept_tree`: the same arguments, one request after the other."""
@@ -137,10 +131,11 @@ def accept_tree_naive(
         candidates = table.candidate_rows[own_line, stopped_at].tolist() if own_line >= 0 else []
         available = 0
         while available < len(candidates) and 0 <= candidates[available] < rows:
-            mask_rows[request, available] = root + candidates[available]
+            which = candidates[available] - int(table.num_nodes[own_line])
+            mask_rows[request, available] = int(first_mask[request]) + which
             available += 1
-        num_emitted[request], last_node[request] = emitted, stopped_at
-        next_line[request] = available
+        num_emitted[request], next_depths[request] = emitted, available
+        tokens[request, -2], tokens[request, -1] = own_line, stopped_at
 
 
 @triton.jit
@@ -152,14 +147,14 @@ def _accept_tree_kernel(
     num_rows_ptr,
     line_ptr,
     emitting_ptr,
+    first_mask_ptr,
     num_nodes_ptr,
     parent_ptr,
     candidate_rows_ptr,
     tokens_ptr,
     path_ptr,
     num_emitted_ptr,
-    last_node_ptr,
-    next_line_ptr,
+    next_depths_ptr,
     mask_rows_ptr,
     table_rows,
     table_nodes,
@@ -175,7 +170,8 @@ def _accept_tree_kernel(
     first_target = tl.load(first_target_ptr + request)
     has_block = line >= 0
     table_line = tl.maximum(line, 0)
-    num_nodes = tl.minimum(tl.where(has_block, tl.load(num_nodes_ptr + table_line), 1), num_rows)
+    line_nodes = tl.load(num_nodes_ptr + table_line)
+    num_nodes = tl.minimum(tl.where(has_block, line_nodes, 1), num_rows)
 
     node_rows = tl.arange(0, BLOCK_NODES)
     inside = node_rows < num_nodes
@@ -188,18 +184,19 @@ def _accept_tree_kernel(
     walking = (tl.load(emitting_ptr + request) != 0) & (num_rows > 0)
     node = 0
     emitted = 0
+    out = tokens_ptr + request * (MAX_DEPTH + 3)
     for step in tl.static_range(MAX_DEPTH + 1):
         target = tl.sum(tl.where(node_rows == node, targets, 0), axis=0)
-        out = request * (MAX_DEPTH + 1) + step
-        tl.store(tokens_ptr + out, tl.where(walking, target, -1))
-        tl.store(path_ptr + out, tl.where(walking, node, 0))
+        tl.store(out + step, tl.where(walking, target, -1))
+        tl.store(path_ptr + request * (MAX_DEPTH + 1) + step, tl.where(walking, node, 0))
         emitted += walking.to(tl.int32)
         matches = inside & (parent == node) & (held == target)
         child = tl.min(tl.where(matches, node_rows, BLOCK_NODES), axis=0)
         walking = walking & (child < BLOCK_NODES)
         node = tl.where(walking, child, node)
     tl.store(num_emitted_ptr + request, emitted)
-    tl.store(last_node_ptr + request, node)
+    tl.store(out + MAX_DEPTH + 1, line)
+    tl.store(out + MAX_DEPTH + 2, node)
 
     depths = tl.arange(0, BLOCK_DEPTH)
     candidates = tl.load(
@@ -209,10 +206,11 @@ def _accept_tree_kernel(
     )
     usable = (candidates >= 0) & (candidates < tl.where(has_block, num_rows, 0))
     available = tl.min(tl.where(usable, BLOCK_DEPTH, depths), axis=0)
-    tl.store(next_line_ptr + request, available)
+    tl.store(next_depths_ptr + request, available)
+    first_mask = tl.load(first_mask_ptr + request)
     tl.store(
         mask_rows_ptr + request * MAX_DEPTH + depths,
-        tl.where(depths < available, first_row + candidates, -1),
+        tl.where(depths < available, first_mask + candidates - line_nodes, -1),
         mask=depths < MAX_DEPTH,
     )
 
@@ -237,6 +235,7 @@ def shipped() -> list[Shipped]:
             }
             signature |= dict.fromkeys(("target_tokens_ptr", "row_tokens_ptr"), f"*{token}")
             signature |= {"tokens_ptr": f"*{token}", "emitting_ptr": "*i1"}
+            signature |= {"mask_rows_ptr": "*i64"}  # an index into hidden states
             signature |= {"table_rows": "i32", "table_nodes": "i32"}
             listed.append(
                 Shipped(
@@ -252,3 +251,25 @@ def shipped() -> list[Shipped]:
                 )
             )
     return listed
+
+
+def _check(table: TreeTable, tensors: tuple[torch.Tensor, ...]) -> None:
+    check_device(_accept_tree_kernel, table.device)
+    requests, depth = len(tensors[5]), table.max_depth
+    shapes = (
+        ("target_tokens", [None], INTEGERS),
+        ("row_tokens", [None], INTEGERS),
+        ("first_target", [requests], INT32),
+        ("first_row", [requests], INT32),
+        ("num_rows", [requests], INT32),
+        ("line", [None], INT32),
+        ("emitting", [requests], FLAGS),
+        ("first_mask", [requests], INT32),
+        ("tokens", [requests, depth + 3], INTEGERS),
+        ("path", [requests, depth + 1], INT32),
+        ("num_emitted", [requests], INT32),
+        ("next_depths", [requests], INT32),
+        ("mask_rows", [requests, depth], INTEGERS),
+    )
+    for (name, shape, dtypes), tensor in zip(shapes, tensors, strict=True):
+        check_tensor(name, tensor, shape, dtypes, table.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -15,6 +15,11 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
+
+
+def kind_of(tensors: Iterable[torch.Tensor]) -> tuple[object, ...]:
+    """What the checks look at: a launcher checks arguments of one kind once, as checks take longer than launches."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
 
 
 def check_tensor(

@@ -19,6 +19,7 @@ class TreeTable:
     Attributes:
         num_depths: `[lines]` int32, depths of draft nodes of the line.
         num_nodes: `[lines]` int32, root and draft nodes of the line; they come first.
+        num_masks: `[lines]` int32, mask rows of the line; they follow the nodes.
         parent: `[lines, R]` int32, -1 for the root and in padding.
         rank: `[lines, R]` int32, candidate rank of a draft node, -1 elsewhere.
         depth: `[lines, R]` int32, distance from the root.
@@ -32,6 +33,7 @@ class TreeTable:
 
     num_depths: torch.Tensor
     num_nodes: torch.Tensor
+    num_masks: torch.Tensor
     parent: torch.Tensor
     rank: torch.Tensor
     depth: torch.Tensor
@@ -69,6 +71,13 @@ class TreeTable:
             )
         columns["ancestor_bits"] = packed_bits(seen)
         is_node = columns["rank"] >= 0
+        is_mask = columns["mask_index"] >= 0
+        columns["num_masks"] = num_masks = is_mask.sum(dim=1, dtype=torch.int32)
+        place = torch.arange(rows) - columns["num_nodes"][:, None]
+        if not torch.equal(is_mask, (place >= 0) & (place < num_masks[:, None])):
+            raise ValueError(
+                "table.mask_index has mask rows apart, expected them to follow the nodes of their line."
+            )
         columns["num_depths"] = torch.where(is_node, columns["depth"], 0).amax(dim=1)
         return cls(
             **{name: column.to(device) for name, column in columns.items()},

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from bita_vllm.tree import Template, TemplateTable
 
 POISON = -7
-OUTPUTS = ("tokens", "path", "num_emitted", "last_node", "next_line", "mask_rows")
+OUTPUTS = ("tokens", "path", "num_emitted", "next_depths", "mask_rows")
 
 
 def arguments(step, table, token_dtype=torch.int64, target_of_every_row=False):
@@ -34,14 +34,19 @@ def arguments(step, table, token_dtype=torch.int64, target_of_every_row=False):
         "num_rows": int32(blocks.num_rows),
         "line": int32(blocks.line),
         "emitting": torch.from_numpy(step.emitting),
+        "first_mask": int32(first_mask_rows(blocks)),
         "table": TreeTable.of(table, "cpu"),
-        "tokens": torch.full((num_requests, depth + 1), POISON, dtype=token_dtype),
+        "tokens": torch.full((num_requests, depth + 3), POISON, dtype=token_dtype),
         "path": torch.full((num_requests, depth + 1), POISON, dtype=torch.int32),
         "num_emitted": torch.full((num_requests,), POISON, dtype=torch.int32),
-        "last_node": torch.full((num_requests,), POISON, dtype=torch.int32),
-        "next_line": torch.full((num_requests,), POISON, dtype=torch.int32),
-        "mask_rows": torch.full((num_requests, depth), POISON, dtype=torch.int32),
+        "next_depths": torch.full((num_requests,), POISON, dtype=torch.int32),
+        "mask_rows": torch.full((num_requests, depth), POISON, dtype=token_dtype),
     }
+
+
+def first_mask_rows(blocks):
+    """Row of the step after each block's last node."""
+    return blocks.first_row + np.where(blocks.line >= 0, blocks.table.num_nodes[blocks.line], 1)
 
 
 def expected(step):
@@ -53,11 +58,10 @@ def expected(step):
     )
     upcoming = step.blocks.next_blocks(walk, step.blocks.table.max_depth)
     return {
-        "tokens": walk.tokens,
+        "tokens": np.column_stack([walk.tokens, step.blocks.line, walk.last_node]),
         "path": walk.path,
         "num_emitted": walk.num_emitted,
-        "last_node": walk.last_node,
-        "next_line": upcoming.depths,
+        "next_depths": upcoming.depths,
         "mask_rows": upcoming.mask_rows,
     }
 
@@ -90,7 +94,8 @@ def test_a_request_is_the_same_alone_and_in_company():
     accept_tree(**together)
     for request in range(12):
         alone = arguments(step, table)
-        for name in ("first_target", "first_row", "num_rows", "line", "emitting", *OUTPUTS):
+        inputs = ("first_target", "first_row", "num_rows", "line", "emitting", "first_mask")
+        for name in (*inputs, *OUTPUTS):
             alone[name] = alone[name][request : request + 1].contiguous()
         accept_tree(**alone)
         assert all(torch.equal(alone[name][0], together[name][request]) for name in OUTPUTS)
@@ -104,8 +109,8 @@ def test_a_request_without_rows_emits_nothing(function):
     given_["num_rows"][:] = 0
     function(**given_)
     assert given_["num_emitted"].tolist() == [0, 0]
-    assert given_["next_line"].tolist() == [0, 0]
-    assert (given_["tokens"] == -1).all() and (given_["mask_rows"] == -1).all()
+    assert given_["next_depths"].tolist() == [0, 0]
+    assert (given_["tokens"][:, :-2] == -1).all() and (given_["mask_rows"] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_a_request_without_rows_emits_nothing(function):
         ("row_tokens", lambda t: t.float(), r"row_tokens has dtype torch.float32, expected torch.int32 or"),
         ("line", lambda t: t.long(), "line has dtype torch.int64, expected torch.int32"),
         ("first_row", lambda t: t[:-1], r"first_row has shape \[3\], expected \[4\]"),
-        ("tokens", lambda t: t[:, 1:].contiguous(), r"tokens has shape \[4, 2\], expected \[4, 3\]"),
+        ("tokens", lambda t: t[:, 1:].contiguous(), r"tokens has shape \[4, 4\], expected \[4, 5\]"),
         ("path", lambda t: t.T.contiguous().T, r"path has strides \[1, 4\], expected a contiguous"),
         ("mask_rows", lambda t: t.to("meta"), "mask_rows is on meta, expected cpu"),
         ("emitting", lambda t: t[None], r"emitting has shape \[1, 4\], expected \[4\]"),
@@ -127,6 +132,21 @@ def test_arguments_that_do_not_fit_are_refused_before_the_launch(name, change, m
     with pytest.raises(ValueError, match=message):
         accept_tree(**changed)
     assert all((given_[output] == POISON).all() for output in OUTPUTS)
+
+
+@pytest.mark.parametrize("function", [accept_tree, accept_tree_naive])
+def test_mask_rows_may_be_counted_elsewhere(function):
+    """Among the logits of a step, say: 100 for the first mask row of the second block."""
+    table = TemplateTable(Template.from_widths([2, 2], 2))
+    here = arguments(Step.random(table, 6, seed=2), table)
+    there = {k: v.clone() if torch.is_tensor(v) else v for k, v in here.items()}
+    there["first_mask"] = torch.arange(6, dtype=torch.int32) * 100
+    function(**here)
+    function(**there)
+    has = here["mask_rows"] >= 0
+    assert has.any()
+    moved = here["mask_rows"] + (there["first_mask"] - here["first_mask"])[:, None]
+    assert torch.equal(there["mask_rows"], torch.where(has, moved, -1))
 
 
 def test_a_table_without_draft_nodes_is_refused():
