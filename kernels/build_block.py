@@ -1,8 +1,7 @@
-"""The next step block: top tokens of the chosen mask rows, placed where the template wants them.
+"""The next step block: which tree of its set a request takes, top tokens of the chosen mask rows in its nodes.
 
-Two launches, as a vocabulary is too long for one program: every chunk of every row gives its own top-k,
-then the chunks of a row are merged and its candidates placed. Values and ids travel as one int64 key,
-so that the order is total: higher logit first, then the lower token id.
+Two launches: `rank_tokens` gives the best tokens of each chunk of each row; then a program a request merges the chunks,
+chooses the tree by what its candidates promise (`choice_table.py`), and writes the block.
 
 `torch.topk` returns the same values; which of several *equal* logits it returns, and in what order, it
 leaves open. NaN counts as the greatest value, as in torch; here all NaNs are equal.
@@ -14,266 +13,356 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import INT32, INTEGERS, TRITON_TYPES, check_device, check_tensor
+from .checks import INT32, INTEGERS, TRITON_TYPES, check_device, check_tensor, kind_of
+from .choice_table import ChoiceTable
+from .rank_tokens import HIGHEST_ID, MAX_RANK, NO_KEY, Ranking, num_chunks, rank_tokens
 from .shipped import Shipped
 from .tree_table import TreeTable
 
-MAX_RANK = 16
-# Tokens a program ranks: 32 keys a thread. V = 128k makes 32 programs a row.
-CHUNK = 4096
-# Token id of padding rows: embeds like any other, and the walk never looks at rows behind a line's nodes.
+# Token id of padding rows: embeds like any other, and the walk never looks at rows after a line's nodes.
 PADDING_TOKEN = 0
-# Below the key of any token.
-NO_KEY = tl.constexpr(-(2**63))
 LOW_BITS = tl.constexpr(2**32 - 1)
-HIGHEST_ID = tl.constexpr(2**31 - 1)
+INT64 = (torch.int64,)
 
-
-def workspace_shape(num_requests: int, vocab_size: int, table: TreeTable) -> tuple[int, int, int]:
-    """Shape of the int64 workspace: `[B * max_depth, chunks, max_rank]`."""
-    return num_requests * table.max_depth, triton.cdiv(vocab_size, CHUNK), table.max_rank
+_checked: set[object] = set()
 
 
 def build_block(
-    # [number of logits rows, V] fp32, fp16 or bf16; rows may be strided
-    logits: torch.Tensor,
-    # [B, max_depth] int32, row of `logits` that predicts depth d+1; read for depths of the line only
+    # [number of logits rows, V] fp32, fp16 or bf16, rows may be strided; None: no request has candidates
+    logits: torch.Tensor | None,
+    # [B, max_depth] int64, row of `logits` that predicts depth d+1; read for `depths` of them only
     logits_rows: torch.Tensor,
-    # [B] int32, line of the next block: of accept_tree's next_line depths
-    line: torch.Tensor,
+    # [B] int32, depths that have candidates: of accept_tree
+    depths: torch.Tensor,
+    # [B] int64, place of each request between steps
+    slots: torch.Tensor,
     # id of mask M1; Mj has first_mask_id + j - 1
     first_mask_id: int,
     table: TreeTable,
-    # [B * max_depth, chunks, max_rank] int64, scratch: workspace_shape
-    workspace: torch.Tensor,
-    # Output. [B, R-1] int32 or int64, rows 1 to R-1 of each block: candidates, mask ids, padding
+    choice: ChoiceTable,
+    # which set the trees are of
+    set_index: int,
+    # take the set's first tree, whatever the others promise
+    only_first: bool,
+    # scratch for B requests or more
+    ranking: Ranking,
+    # Outputs. [B, R-1] int32 or int64, rows 1 to R-1 of each block: candidates, mask ids, padding
     draft_tokens: torch.Tensor,
+    # [slots] int32, line of each request's next block
+    line_of_slot: torch.Tensor,
 ) -> None:
-    """Fill the next blocks: draft node (depth d+1, rank r) gets the r-th best token of mask row d.
+    """Choose and fill the next blocks: draft node (depth d+1, rank r) gets the r-th best token of mask row d.
 
-    Rows behind the end of a line that is shorter than R get PADDING_TOKEN.
+    Rows after the end of a line that is shorter than R get PADDING_TOKEN.
 
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit; ranks above 15; a vocabulary with
             fewer tokens than ranks.
     """
-    check_device(_build_block_kernel, table.device)
-    _check(logits, logits_rows, line, table, workspace, draft_tokens)
-    num_requests, vocab_size = len(line), logits.shape[1]
+    inputs = (logits_rows, depths, slots, draft_tokens, line_of_slot, *vars(ranking).values())
+    kind = (table.max_rank, *kind_of(inputs if logits is None else (*inputs, logits)))
+    if kind not in _checked:
+        _check(
+            logits, logits_rows, depths, slots, table, choice, ranking, draft_tokens, line_of_slot
+        )
+        _checked.add(kind)
+    num_requests = len(slots)
     if num_requests == 0:
         return
-    rows, chunks, num_ranks = workspace_shape(num_requests, vocab_size, table)
-    _rank_chunks_kernel[(rows, chunks)](
-        logits,
-        logits_rows,
-        line,
-        table.num_depths,
-        workspace,
-        logits.stride(0),
-        vocab_size,
-        table.max_depth,
-        CHUNK=CHUNK,
-        NUM_RANKS=num_ranks,
-    )
-    _build_block_kernel[(num_requests, table.max_depth)](
-        workspace,
-        line,
-        table.num_depths,
+    most_depths = choice.max_depths[set_index] if logits is not None else 0
+    num_templates = choice.num_templates[set_index]
+    chooses = logits is not None and num_templates > 1 and not only_first
+    if logits is not None:
+        rank_tokens(logits, logits_rows, depths, most_depths, ranking, sums=chooses)
+    _, chunks, num_ranks = ranking.keys.shape
+    _build_block_kernel[(num_requests,)](
+        ranking.keys,
+        ranking.log_sums,
+        ranking.top,
+        ranking.probabilities,
+        depths,
+        slots,
+        choice.lines,
+        choice.places,
+        choice.weight,
         table.rank,
         table.depth,
         table.mask_index,
         draft_tokens,
+        line_of_slot,
+        set_index,
+        most_depths,
+        num_templates,
         first_mask_id,
-        chunks * num_ranks,
+        chunks,
         table.num_rows,
-        table.max_depth,
+        len(table.num_nodes),
+        choice.num_nodes,
+        choice.lines.shape[2],
         PADDING_TOKEN=PADDING_TOKEN,
+        MAX_DEPTH=table.max_depth,
         NUM_RANKS=num_ranks,
-        BLOCK_KEYS=triton.next_power_of_2(chunks * num_ranks),
-        BLOCK_ROWS=triton.next_power_of_2(table.num_rows),
+        CHOOSES=chooses,
+        **block_sizes(
+            chunks,
+            num_ranks,
+            table.max_depth,
+            table.num_rows,
+            choice.num_nodes,
+            choice.lines.shape[2],
+        ),
     )
 
 
-def build_block_naive(
-    logits: torch.Tensor,
-    logits_rows: torch.Tensor,
-    line: torch.Tensor,
-    first_mask_id: int,
-    table: TreeTable,
-    workspace: torch.Tensor,
-    draft_tokens: torch.Tensor,
-) -> None:
-    """The specification of `build_block`: the same arguments (the workspace is not used)."""
-    draft_tokens.fill_(PADDING_TOKEN)
-    for request, own_line in enumerate(line.tolist()):
-        for row in range(1, table.num_rows):
-            rank, mask_index = int(table.rank[own_line, row]), int(table.mask_index[own_line, row])
-            if rank >= 0:
-                candidates = logits[logits_rows[request, table.depth[own_line, row] - 1]]
-                # A stable sort keeps equal logits in the order of their ids; NaN sorts as the greatest.
-                order = torch.sort(candidates, descending=True, stable=True).indices
-                draft_tokens[request, row - 1] = order[rank]
-            elif mask_index >= 0:
-                draft_tokens[request, row - 1] = first_mask_id + mask_index
+@triton.jit
+def _row_keys(keys_ptr, depths, num_keys, BLOCK_DEPTH: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """`[BLOCK_DEPTH, BLOCK_KEYS]` all keys of each depth's row, NO_KEY where there are none."""
+    depth = tl.arange(0, BLOCK_DEPTH)[:, None]
+    index = tl.arange(0, BLOCK_KEYS)[None, :]
+    return tl.load(
+        keys_ptr + depth * num_keys + index,
+        mask=(depth < depths) & (index < num_keys),
+        other=NO_KEY,
+    )
 
 
 @triton.jit
-def _rank_chunks_kernel(
-    logits_ptr,
-    logits_rows_ptr,
-    line_ptr,
-    num_depths_ptr,
-    workspace_ptr,
-    logits_stride,
-    vocab_size,
-    max_depth,
-    CHUNK: tl.constexpr,
-    NUM_RANKS: tl.constexpr,
+def _row_log_sums(
+    log_sums_ptr, depths, chunks, BLOCK_DEPTH: tl.constexpr, BLOCK_CHUNKS: tl.constexpr
 ):
-    """Best NUM_RANKS keys of one chunk of one mask row, best first."""
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    line = tl.load(line_ptr + row // max_depth)
-    if row % max_depth < tl.load(num_depths_ptr + line):
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        logits_row = tl.load(logits_rows_ptr + row).to(tl.int64)
-        logit = tl.load(
-            logits_ptr + logits_row * logits_stride + token, mask=token < vocab_size, other=0.0
-        ).to(tl.float32)
-        # One bit pattern for what compares equal (-0 and 0), and one for all NaNs, above infinity.
-        logit = tl.where(logit == 0.0, 0.0, logit)
-        bits = tl.where(logit == logit, logit.to(tl.int32, bitcast=True), 0x7FC00000)
-        # As integers, bit patterns of negative numbers run backwards: turn them round.
-        bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        key = (bits.to(tl.int64) << 32) + (HIGHEST_ID - token)
-        key = tl.where(token < vocab_size, key, NO_KEY)
-        out = workspace_ptr + (row * tl.num_programs(1) + chunk) * NUM_RANKS
-        for rank in tl.static_range(NUM_RANKS):
-            best = tl.max(key, axis=0)
-            tl.store(out + rank, best)
-            key = tl.where(key == best, NO_KEY, key)
+    """`[BLOCK_DEPTH]` log of the sum of the exponentials of each depth's logits."""
+    depth = tl.arange(0, BLOCK_DEPTH)[:, None]
+    chunk = tl.arange(0, BLOCK_CHUNKS)[None, :]
+    inside = (depth < depths) & (chunk < chunks)
+    parts = tl.load(log_sums_ptr + depth * chunks + chunk, mask=inside, other=float("-inf"))
+    highest = tl.max(parts, axis=1)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return base + tl.log(tl.sum(tl.exp(parts - base[:, None]), axis=1))
 
 
 @triton.jit
+def _most_promising(
+    probabilities_ptr,
+    places_ptr,
+    weight_ptr,
+    # [BLOCK_TEMPLATES] int32
+    lines,
+    num_templates,
+    num_lines,
+    num_nodes,
+    MAX_DEPTH: tl.constexpr,
+    BLOCK_TEMPLATES: tl.constexpr,
+    BLOCK_NODES: tl.constexpr,
+):
+    """The line that promises most, the first of equal ones; NaN counts as the greatest, as in torch's argmax."""
+    node = tl.arange(0, BLOCK_NODES)[None, :]
+    inside = node < num_nodes
+    reach = tl.full([BLOCK_TEMPLATES, BLOCK_NODES], 1.0, tl.float32)
+    for level in tl.static_range(MAX_DEPTH):
+        at = (level * num_lines + lines[:, None]) * num_nodes + node
+        place = tl.load(places_ptr + at, mask=inside, other=-1)
+        reach *= tl.load(probabilities_ptr + place, mask=place >= 0, other=1.0)
+    weight = tl.load(weight_ptr + lines[:, None] * num_nodes + node, mask=inside, other=0.0)
+    promise = tl.sum(reach * weight, axis=1)
+    promise = tl.where(promise == promise, promise, float("inf"))
+    template = tl.arange(0, BLOCK_TEMPLATES)
+    known = template < num_templates
+    highest = tl.max(tl.where(known, promise, float("-inf")), axis=0)
+    chosen = tl.min(tl.where(known & (promise == highest), template, BLOCK_TEMPLATES), axis=0)
+    return tl.sum(tl.where(template == chosen, lines, 0), axis=0)
+
+
+@triton.jit(do_not_specialize=["set_index", "most_depths", "num_templates"])
 def _build_block_kernel(
-    workspace_ptr,
-    line_ptr,
-    num_depths_ptr,
+    keys_ptr,
+    log_sums_ptr,
+    top_ptr,
+    probabilities_ptr,
+    depths_ptr,
+    slots_ptr,
+    lines_ptr,
+    places_ptr,
+    weight_ptr,
     rank_ptr,
     depth_ptr,
     mask_index_ptr,
     draft_tokens_ptr,
+    line_of_slot_ptr,
+    set_index,
+    most_depths,
+    num_templates,
     first_mask_id,
-    num_keys,
+    chunks,
     num_rows,
-    max_depth,
+    num_lines,
+    num_nodes,
+    most_templates,
     PADDING_TOKEN: tl.constexpr,
+    MAX_DEPTH: tl.constexpr,
     NUM_RANKS: tl.constexpr,
+    CHOOSES: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_TEMPLATES: tl.constexpr,
+    BLOCK_NODES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One program a request and depth: nodes of that depth; the first one also writes masks and padding."""
+    """One program a request; depths are merged at once, then the tree is chosen, then its rows are written."""
     request = tl.program_id(0)
-    above = tl.program_id(1)
-    line = tl.load(line_ptr + request)
-    block_row = tl.arange(0, BLOCK_ROWS)
-    inside = (block_row > 0) & (block_row < num_rows)
-    place = line * num_rows + block_row
-    rank = tl.load(rank_ptr + place, mask=inside, other=-1)
-    depth = tl.load(depth_ptr + place, mask=inside, other=0)
-    out = draft_tokens_ptr + request * (num_rows - 1) + block_row - 1
-    if above == 0:
-        mask_index = tl.load(mask_index_ptr + place, mask=inside, other=-1)
-        fixed = tl.where(mask_index >= 0, first_mask_id + mask_index, PADDING_TOKEN)
-        tl.store(out, fixed, mask=inside & (rank < 0))
-    if above < tl.load(num_depths_ptr + line):
-        index = tl.arange(0, BLOCK_KEYS)
-        keys = tl.load(
-            workspace_ptr + (request * max_depth + above).to(tl.int64) * num_keys + index,
-            mask=index < num_keys,
-            other=NO_KEY,
+    depths = tl.minimum(tl.load(depths_ptr + request), most_depths)
+    first = request.to(tl.int64) * MAX_DEPTH
+    num_keys = chunks * NUM_RANKS
+    top_ptr += first * NUM_RANKS
+    probabilities_ptr += first * NUM_RANKS
+    depth = tl.arange(0, BLOCK_DEPTH)
+    keys = _row_keys(keys_ptr + first * num_keys, depths, num_keys, BLOCK_DEPTH, BLOCK_KEYS)
+    if CHOOSES:
+        log_sums = _row_log_sums(
+            log_sums_ptr + first * chunks, depths, chunks, BLOCK_DEPTH, BLOCK_CHUNKS
         )
-        chosen = tl.zeros([BLOCK_ROWS], tl.int64)
-        for wanted in tl.static_range(NUM_RANKS):
-            best = tl.max(keys, axis=0)
-            chosen = tl.where(rank == wanted, HIGHEST_ID - (best & LOW_BITS), chosen)
-            keys = tl.where(keys == best, NO_KEY, keys)
-        tl.store(out, chosen, mask=inside & (rank >= 0) & (depth == above + 1))
+    for rank in tl.static_range(NUM_RANKS):
+        best = tl.max(keys, axis=1)
+        tl.store(top_ptr + depth * NUM_RANKS + rank, best, mask=depth < depths)
+        if CHOOSES:
+            bits = (best >> 32).to(tl.int32)
+            bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            probability = tl.exp(bits.to(tl.float32, bitcast=True) - log_sums)
+            tl.store(probabilities_ptr + depth * NUM_RANKS + rank, probability, mask=depth < depths)
+        keys = tl.where(keys == best[:, None], NO_KEY, keys)
+    # Other threads of the program read what these have written.
+    tl.debug_barrier()
+
+    lines_ptr += (set_index * (MAX_DEPTH + 1) + depths) * most_templates
+    if CHOOSES:
+        template = tl.arange(0, BLOCK_TEMPLATES)
+        line = _most_promising(
+            probabilities_ptr,
+            places_ptr,
+            weight_ptr,
+            tl.load(lines_ptr + template, mask=template < num_templates, other=0),
+            num_templates,
+            num_lines,
+            num_nodes,
+            MAX_DEPTH,
+            BLOCK_TEMPLATES,
+            BLOCK_NODES,
+        )
+    else:
+        line = tl.load(lines_ptr)
+    tl.store(line_of_slot_ptr + tl.load(slots_ptr + request), line)
+
+    row = tl.arange(0, BLOCK_ROWS)
+    inside = (row > 0) & (row < num_rows)
+    place = line * num_rows + row
+    rank = tl.load(rank_ptr + place, mask=inside, other=-1)
+    above = tl.load(depth_ptr + place, mask=inside, other=0) - 1
+    mask_index = tl.load(mask_index_ptr + place, mask=inside, other=-1)
+    is_node = rank >= 0
+    key = tl.load(top_ptr + above * NUM_RANKS + rank, mask=is_node, other=0)
+    fixed = tl.where(mask_index >= 0, first_mask_id + mask_index, PADDING_TOKEN)
+    token = tl.where(is_node, HIGHEST_ID - (key & LOW_BITS), fixed.to(tl.int64))
+    tl.store(draft_tokens_ptr + request * (num_rows - 1) + row - 1, token, mask=inside)
+
+
+def block_sizes(
+    chunks: int, num_ranks: int, max_depth: int, num_rows: int, num_nodes: int, num_templates: int
+) -> dict[str, int]:
+    """Block sizes, and warps enough to hold all keys in registers."""
+    depths = triton.next_power_of_2(max_depth)
+    keys = triton.next_power_of_2(chunks * num_ranks)
+    return {
+        "BLOCK_DEPTH": depths,
+        "BLOCK_KEYS": keys,
+        "BLOCK_CHUNKS": triton.next_power_of_2(chunks),
+        "BLOCK_TEMPLATES": triton.next_power_of_2(num_templates),
+        "BLOCK_NODES": triton.next_power_of_2(num_nodes),
+        "BLOCK_ROWS": triton.next_power_of_2(num_rows),
+        "num_warps": 4 if depths * keys <= 4096 else 8,
+    }
 
 
 def shipped() -> list[Shipped]:
-    """Logits types, the paper's tree (5 ranks, 52 rows) and the largest, vocabularies to 256k."""
+    """The paper's tree (5 ranks, 52 rows), a default set (4 deep, 16 rows) and the largest, vocabularies to 256k."""
+    pointers = {name: "*i32" for name in _build_block_kernel.arg_names if name.endswith("_ptr")}
+    pointers |= dict.fromkeys(("keys_ptr", "top_ptr", "slots_ptr", "draft_tokens_ptr"), "*i64")
+    floats = ("log_sums_ptr", "probabilities_ptr", "weight_ptr")
+    pointers |= dict.fromkeys(floats, "*fp32")
+    integers = ("set_index", "most_depths", "num_templates", "first_mask_id", "chunks", "num_rows")
+    integers += ("num_lines", "num_nodes", "most_templates")
     listed = []
-    for num_ranks, num_rows in ((5, 52), (MAX_RANK, 256)):
-        for dtype in TRITON_TYPES.values():
+    for max_depth, num_ranks, num_nodes, num_rows, num_templates, vocab_size in (
+        (3, 5, 13, 52, 1, 128 * 1024),
+        (4, 8, 10, 16, 8, 128 * 1024),
+        (8, MAX_RANK, 128, 256, 16, 256 * 1024),
+    ):
+        chunks = num_chunks(vocab_size)
+        blocks = block_sizes(chunks, num_ranks, max_depth, num_rows, num_nodes, num_templates)
+        num_warps = blocks.pop("num_warps")
+        for chooses in (False, True):
             listed.append(
                 Shipped(
-                    name=f"chunks: {num_ranks} ranks {dtype}",
-                    kernel=_rank_chunks_kernel,
-                    signature={
-                        "logits_ptr": f"*{dtype}",
-                        "logits_rows_ptr": "*i32",
-                        "line_ptr": "*i32",
-                        "num_depths_ptr": "*i32",
-                        "workspace_ptr": "*i64",
-                        "logits_stride": "i32",
-                        "vocab_size": "i32",
-                        "max_depth": "i32",
+                    name=f"{num_rows} rows {num_ranks} ranks{' choice' if chooses else ''}",
+                    kernel=_build_block_kernel,
+                    signature=pointers | dict.fromkeys(integers, "i32"),
+                    constexprs={
+                        "PADDING_TOKEN": PADDING_TOKEN,
+                        "MAX_DEPTH": max_depth,
+                        "NUM_RANKS": num_ranks,
+                        "CHOOSES": chooses,
+                        **blocks,
                     },
-                    constexprs={"CHUNK": CHUNK, "NUM_RANKS": num_ranks},
-                    divisible=("logits_stride", "vocab_size"),
+                    num_warps=num_warps,
                 )
             )
-        num_keys = triton.cdiv(256 * 1024, CHUNK) * num_ranks
-        listed.append(
-            Shipped(
-                name=f"block: {num_ranks} ranks {num_rows} rows",
-                kernel=_build_block_kernel,
-                signature={
-                    "workspace_ptr": "*i64",
-                    "line_ptr": "*i32",
-                    "num_depths_ptr": "*i32",
-                    "rank_ptr": "*i32",
-                    "depth_ptr": "*i32",
-                    "mask_index_ptr": "*i32",
-                    "draft_tokens_ptr": "*i64",
-                    "first_mask_id": "i32",
-                    "num_keys": "i32",
-                    "num_rows": "i32",
-                    "max_depth": "i32",
-                },
-                constexprs={
-                    "PADDING_TOKEN": PADDING_TOKEN,
-                    "NUM_RANKS": num_ranks,
-                    "BLOCK_KEYS": triton.next_power_of_2(num_keys),
-                    "BLOCK_ROWS": triton.next_power_of_2(num_rows),
-                },
-            )
-        )
     return listed
 
 
 def _check(
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     logits_rows: torch.Tensor,
-    line: torch.Tensor,
+    depths: torch.Tensor,
+    slots: torch.Tensor,
     table: TreeTable,
-    workspace: torch.Tensor,
+    choice: ChoiceTable,
+    ranking: Ranking,
     draft_tokens: torch.Tensor,
+    line_of_slot: torch.Tensor,
 ) -> None:
     device = table.device
-    check_tensor("line", line, [None], INT32, device)
-    num_requests = len(line)
-    check_tensor("logits", logits, [None, None], list(TRITON_TYPES), device, contiguous=False)
+    check_device(_build_block_kernel, device)
+    check_tensor("slots", slots, [None], INT64, device)
+    num_requests = len(slots)
     if table.max_rank > MAX_RANK:
         raise ValueError(
             f"table uses {table.max_rank} ranks, expected at most {MAX_RANK} candidates a depth."
         )
-    if logits.shape[1] < table.max_rank:
-        raise ValueError(
-            f"logits has {logits.shape[1]} tokens, expected at least {table.max_rank}: the template's ranks."
-        )
-    check_tensor("logits_rows", logits_rows, [num_requests, table.max_depth], INT32, device)
-    wanted = workspace_shape(num_requests, logits.shape[1], table)
-    check_tensor("workspace", workspace, wanted, [torch.int64], device)
+    chunks = None
+    if logits is not None:
+        check_tensor("logits", logits, [None, None], list(TRITON_TYPES), device, contiguous=False)
+        chunks = num_chunks(logits.shape[1])
+        if logits.shape[1] < table.max_rank:
+            raise ValueError(
+                f"logits has {logits.shape[1]} tokens, expected at least {table.max_rank}: the template's ranks."
+            )
+    check_tensor("logits_rows", logits_rows, [num_requests, table.max_depth], INT64, device)
+    check_tensor("depths", depths, [num_requests], INT32, device)
+    for name, shape, dtype in (
+        ("keys", [None, chunks, table.max_rank], torch.int64),
+        ("log_sums", [None, chunks], torch.float32),
+        ("top", [None, table.max_rank], torch.int64),
+        ("probabilities", [None, table.max_rank], torch.float32),
+    ):
+        tensor = getattr(ranking, name)
+        check_tensor(f"ranking.{name}", tensor, shape, [dtype], device)
+        if len(tensor) < num_requests * table.max_depth:
+            raise ValueError(
+                f"ranking.{name} has {len(tensor)} rows, expected at least {num_requests * table.max_depth}."
+            )
     check_tensor("draft_tokens", draft_tokens, [num_requests, table.num_rows - 1], INTEGERS, device)
+    check_tensor("line_of_slot", line_of_slot, [None], INT32, device)
+    check_tensor("choice.lines", choice.lines, [None, table.max_depth + 1, None], INT32, device)
+    lines = len(table.num_nodes)
+    shape = [table.max_depth, lines, choice.num_nodes]
+    check_tensor("choice.places", choice.places, shape, INT32, device)
+    check_tensor("choice.weight", choice.weight, shape[1:], [torch.float32], device)

@@ -105,7 +105,9 @@ def test_kernel_and_twin_lay_out_a_step_as_the_cpu_runner_does(
         if with_masks:  # the step's mask rows are found from first_mask
             found = []
             for request in np.flatnonzero(blocks.line >= 0):
-                held = max(int(blocks.num_rows[request]) - int(table.num_nodes[blocks.line[request]]), 0)
+                held = max(
+                    int(blocks.num_rows[request]) - int(table.num_nodes[blocks.line[request]]), 0
+                )
                 held = min(held, int(given_["table"].num_masks[blocks.line[request]]))
                 first = int(got["first_mask"][request])
                 found += got["logits_rows"][first : first + held].tolist()

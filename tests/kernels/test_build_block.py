@@ -1,24 +1,28 @@
-"""The next blocks on the device against those of the CPU runner (`NextBlocks.fill`), and against the naive twin."""
+"""The next blocks on the device against those of the CPU runner (`LineChoice`, `NextBlocks.fill`), and the naive twin."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from bita_kernels import build_block as module
-from bita_kernels.build_block import (
-    PADDING_TOKEN,
-    build_block,
-    build_block_naive,
-    workspace_shape,
-)
+from bita_kernels import rank_tokens as module
+from bita_kernels.build_block import PADDING_TOKEN, build_block
+from bita_kernels.build_block_naive import build_block_naive
+from bita_kernels.choice_table import ChoiceTable
+from bita_kernels.rank_tokens import Ranking
 from bita_kernels.tree_table import TreeTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import int32, templates
 
+from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.blocks import NextBlocks
+from bita_vllm.template_set import TemplateSet, sets_of_one, templates_of
 from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree_search import acceptance_table
 
 POISON = -7
+ACCEPTANCE = acceptance_table(None, 5)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -35,21 +39,39 @@ def distinct_logits(generator, num_rows, vocab_size, dtype):
     return values[torch.from_numpy(order)].to(dtype)
 
 
-def arguments(table, logits, logits_rows, line, token_dtype=torch.int64):
-    """Inputs; a workspace and an output full of poison."""
-    device_table = TreeTable.of(table, "cpu")
-    shape = workspace_shape(len(line), logits.shape[1], device_table)
+def device_choice(sets):
+    """The table of all lines, and the choice among them."""
+    table = TreeTable.of(TemplateTable(*templates_of(sets)), "cpu")
+    return table, ChoiceTable.of(
+        LineChoice(sets, ACCEPTANCE, torch.device("cpu")), table.max_rank, "cpu"
+    )
+
+
+def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **others):
+    """Inputs; scratch memory and outputs full of poison."""
+    table, choice = device_choice(sets)
+    ranking = Ranking.of(len(depths) + 1, logits.shape[1], table)
+    for scratch in vars(ranking).values():
+        scratch.fill_(2**63 - 1 if scratch.dtype == torch.int64 else torch.nan)
     return {
         "logits": logits,
-        "logits_rows": int32(logits_rows),
-        "line": int32(line),
+        "logits_rows": torch.from_numpy(np.ascontiguousarray(logits_rows)),
+        "depths": int32(np.array(depths)),
+        "slots": torch.arange(len(depths)).flip(0),
         "first_mask_id": 1000,
-        "table": device_table,
-        "workspace": torch.full(shape, 2**63 - 1),
-        "draft_tokens": torch.full(
-            (len(line), device_table.num_rows - 1), POISON, dtype=token_dtype
-        ),
+        "table": table,
+        "choice": choice,
+        "set_index": 0,
+        "only_first": False,
+        "ranking": ranking,
+        "draft_tokens": torch.full((len(depths), table.num_rows - 1), POISON, dtype=token_dtype),
+        "line_of_slot": torch.full((len(depths) + 1,), POISON, dtype=torch.int32),
+        **others,
     }
+
+
+def one_tree(template):
+    return sets_of_one([template])
 
 
 @given(
@@ -72,14 +94,93 @@ def test_blocks_equal_those_of_the_cpu_runner(
     logits_rows = np.where(has, generator.integers(0, 9, has.shape), 10**6)
     best = logits[logits_rows[has]].float().topk(template.max_rank).indices.numpy()
     upcoming = NextBlocks(depths=line, mask_rows=np.where(has, logits_rows, -1))
-    want = [
-        block + [PADDING_TOKEN] * (template.num_rows - 1 - len(block))
-        for block in upcoming.fill(table, line, best, 1000)
-    ]
+    want = padded(upcoming.fill(table, line, best, 1000), template.num_rows)
     for function in (build_block, build_block_naive):
-        given_ = arguments(table, logits, logits_rows, line, token_dtype)
+        given_ = arguments(one_tree(template), logits, logits_rows, line, token_dtype)
         function(**given_)
         assert given_["draft_tokens"].tolist() == want, function.__name__
+        assert given_["line_of_slot"].tolist() == [*line[::-1], POISON]
+
+
+def padded(blocks, num_rows):
+    return [block + [PADDING_TOKEN] * (num_rows - 1 - len(block)) for block in blocks]
+
+
+SETS = (
+    TemplateSet(
+        (
+            Template.build([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)], {0: 3, 1: 1}),
+            Template.build([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)], {0: 3, 3: 1}),
+            Template.build([(0, 0)], {0: 3, 1: 3}),
+        )
+    ),
+    TemplateSet(
+        (
+            Template.from_widths([3, 2], 3),
+            Template.build([(0, 0), (0, 1), (2, 0), (2, 1), (1, 0)], {0: 3}),
+        )
+    ),
+)
+
+
+@pytest.mark.parametrize("set_index", [0, 1])
+@pytest.mark.parametrize("only_first", [False, True], ids=["choice", "first"])
+@pytest.mark.parametrize("seed", range(6))
+def test_trees_are_those_that_the_cpu_runner_chooses(seed, only_first, set_index):
+    generator = np.random.default_rng(seed)
+    table, choice = (
+        TemplateTable(*templates_of(SETS)),
+        LineChoice(SETS, ACCEPTANCE, torch.device("cpu")),
+    )
+    num_requests, max_depth = 8, table.max_depth
+    depths = generator.integers(0, max_depth + 1, num_requests)
+    # Flat and steep distributions, in several chunks, so that every tree has its turn.
+    logits = distinct_logits(generator, 40, 37, torch.float32)
+    logits *= torch.from_numpy(generator.uniform(0.01, 0.3, (40, 1))).float()
+    has = np.arange(max_depth) < depths[:, None]
+    logits_rows = np.where(has, generator.integers(0, 40, has.shape), 10**6)
+    own = logits[np.where(has, logits_rows, 0)]  # [B, depths, V]
+    top = own.topk(SETS[set_index].max_rank, dim=-1)
+    probabilities = probabilities_of(top.values, own)
+    usable = torch.from_numpy(np.minimum(depths, SETS[set_index].max_depth))
+    line = choice(set_index, usable, probabilities, only_first).numpy()
+    upcoming = NextBlocks(depths=depths, mask_rows=np.where(has, logits_rows, -1))
+    want = padded(
+        upcoming.fill(table, line, top.indices.numpy()[has], 1000), table.template.num_rows
+    )
+    for function in (build_block, build_block_naive):
+        given_ = arguments(
+            SETS, logits, logits_rows, depths, set_index=set_index, only_first=only_first
+        )
+        function(**given_)
+        assert given_["line_of_slot"].tolist() == [*line[::-1], POISON], function.__name__
+        assert given_["draft_tokens"].tolist() == want, function.__name__
+    print(f"trees {np.bincount(table.template_of(line), minlength=5).tolist()}")
+
+
+@pytest.mark.parametrize("function", [build_block, build_block_naive])
+def test_without_candidates_every_block_is_the_first_trees_own(function):
+    given_ = arguments(SETS, torch.zeros(1, 20), np.full((3, 3), 10**6), [2, 3, 1], set_index=1)
+    function(**{**given_, "logits": None})
+    table = TemplateTable(*templates_of(SETS))
+    line = int(table.first_line[len(SETS[0].templates)])
+    assert given_["line_of_slot"].tolist() == [line, line, line, POISON]
+    masks = [1000 + index if index >= 0 else PADDING_TOKEN for index in table.mask_index[line, 1:]]
+    assert given_["draft_tokens"].tolist() == [masks] * 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_still_choose_a_tree_of_the_set(bad):
+    logits = torch.full((1, 40), bad)
+    given_ = arguments(SETS, logits, np.zeros((2, 3), dtype=int), [3, 1])
+    build_block(**given_)
+    table = TemplateTable(*templates_of(SETS))
+    deepest = np.minimum(table.max_depths[:3], [[1], [3]])  # slots are in reverse order
+    for line, allowed in zip(
+        given_["line_of_slot"].tolist(), table.first_line[:3] + deepest, strict=False
+    ):
+        assert line in allowed.tolist()
+    assert (given_["draft_tokens"] >= 0).all() and (given_["draft_tokens"] < 1003).all()
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), -float("nan"), 1e-7]
@@ -91,9 +192,8 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), -flo
 )
 @settings(max_examples=60, deadline=None)
 def test_equal_logits_go_to_the_lower_id_and_nan_is_the_greatest(row, dtype):
-    table = TemplateTable(Template.from_widths([6], 1))
     logits = torch.tensor([row]).to(dtype)
-    given_ = arguments(table, logits, np.array([[0]]), np.array([1]))
+    given_ = arguments(one_tree(Template.from_widths([6], 1)), logits, np.array([[0]]), [1])
     build_block(**given_)
     got = given_["draft_tokens"][0, :6].tolist()
 
@@ -111,10 +211,11 @@ def test_equal_logits_go_to_the_lower_id_and_nan_is_the_greatest(row, dtype):
 
 def test_a_chunk_of_real_size_and_sixteen_ranks(monkeypatch):
     monkeypatch.undo()
-    table = TemplateTable(Template.from_widths([16, 2], 2))
+    template = Template.from_widths([16, 2], 2)
+    table = TemplateTable(template)
     logits = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0))
-    given_ = arguments(table, logits, np.array([[1, 0]]), np.array([2]))
-    assert given_["workspace"].shape == (2, 3, 16)
+    given_ = arguments(one_tree(template), logits, np.array([[1, 0]]), [2])
+    assert given_["ranking"].keys.shape == (4, 3, 16)
     build_block(**given_)
     got = given_["draft_tokens"][0].tolist()
     best = logits.topk(16).indices
@@ -126,9 +227,8 @@ def test_a_chunk_of_real_size_and_sixteen_ranks(monkeypatch):
 
 
 def test_logits_rows_may_be_strided():
-    table = TemplateTable(Template.from_widths([3], 1))
     wide = torch.randn(4, 80, generator=torch.Generator().manual_seed(0))
-    given_ = arguments(table, wide[:, :50], np.array([[3]]), np.array([1]))
+    given_ = arguments(one_tree(Template.from_widths([3], 1)), wide[:, :50], np.array([[3]]), [1])
     build_block(**given_)
     assert given_["draft_tokens"][0, :3].tolist() == wide[3, :50].topk(3).indices.tolist()
 
@@ -139,15 +239,17 @@ def test_logits_rows_may_be_strided():
         ("logits", lambda t: t.double(), "logits has dtype torch.float64, expected torch.float32 or"),
         ("logits", lambda t: t.T.contiguous().T, r"logits has strides \[1, 4\], expected 1 in the last"),
         ("logits", lambda t: t[:, :2], "logits has 2 tokens, expected at least 3"),
-        ("line", lambda t: t.long(), "line has dtype torch.int64, expected torch.int32"),
+        ("depths", lambda t: t.long(), "depths has dtype torch.int64, expected torch.int32"),
+        ("slots", lambda t: t.int(), "slots has dtype torch.int32, expected torch.int64"),
         ("logits_rows", lambda t: t[:, :1], r"logits_rows has shape \[2, 1\], expected \[2, 2\]"),
-        ("workspace", lambda t: t[:-1], r"workspace has shape \[3, 2, 3\], expected \[4, 2, 3\]"),
+        ("ranking", lambda r: Ranking(**{n: t[:3] for n, t in vars(r).items()}), r"ranking.keys has 3 rows, expected at least 4"),
+        ("ranking", lambda r: replace(r, keys=r.keys[:, :1].contiguous()), r"ranking.keys has shape \[6, 1, 3\], expected \[any, 2, 3\]"),
         ("draft_tokens", lambda t: t.float(), "draft_tokens has dtype torch.float32, expected torch.int32"),
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused_before_the_launch(name, change, message):
-    table = TemplateTable(Template.from_widths([3, 2], 2))
-    given_ = arguments(table, torch.zeros(4, 20), np.zeros((2, 2)), np.array([2, 1]))
+    template = Template.from_widths([3, 2], 2)
+    given_ = arguments(one_tree(template), torch.zeros(4, 20), np.zeros((2, 2), dtype=int), [2, 1])
     changed = {**given_, name: change(given_[name])}
     with pytest.raises(ValueError, match=message):
         build_block(**changed)
@@ -155,7 +257,7 @@ def test_arguments_that_do_not_fit_are_refused_before_the_launch(name, change, m
 
 
 def test_more_than_sixteen_ranks_are_refused():
-    table = TemplateTable(Template.from_widths([17], 1))
-    given_ = arguments(table, torch.zeros(1, 20), np.zeros((1, 1)), np.array([1]))
+    template = Template.from_widths([17], 1)
+    given_ = arguments(one_tree(template), torch.zeros(1, 20), np.zeros((1, 1), dtype=int), [1])
     with pytest.raises(ValueError, match="table uses 17 ranks, expected at most 16"):
         build_block(**given_)
