@@ -70,6 +70,8 @@ class LineChoice:
         for level in range(len(ancestors)):
             ancestors[level] = ancestor
             ancestor = np.take_along_axis(parent, ancestor, axis=1)
+        self.num_templates = tuple(len(one.templates) for one in sets)
+        self.max_depths = tuple(one.max_depth for one in sets)
         self.lines, self.is_draft, self.weight, self.place, self.rank, self.ancestors = (
             torch.from_numpy(column).to(device)
             for column in (

@@ -41,7 +41,7 @@ from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
 from bita_vllm.runner.gpu_mask_lora import CountedMaskRows, add_mask_lora_to_blocks
-from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of
+from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of, rows_in_one_pass
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.loading import (
@@ -120,7 +120,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         ):
             super().load_model(*args, **kwargs)
         trees = self.model_state.trees
-        self.tree_sampler = TreeSampler(self.sampler, trees.table.parent, trees.table.max_depth)
+        self.tree_sampler = TreeSampler(self.sampler, trees)
         self.node_grammar = NodeGrammar(
             self.structured_outputs_worker, trees.table.max_nodes, self.max_num_reqs
         )
@@ -168,6 +168,9 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
                 layer.impl, self.dtype, vllm_config.cache_config.block_size
             )
         state.trees.lora_rows = lora_rows
+        state.trees.rows_in_one_pass = rows_in_one_pass(
+            vllm_config.parallel_config.tensor_parallel_size, vllm_config.model_config.get_vocab_size()
+        )
         state.max_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return state
 
@@ -196,9 +199,12 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """Profile with the most logits that a step holds at once, copied to fp32 as for sampling parameters."""
         super()._dummy_sampler_run(hidden_states)
-        max_nodes = self.model_state.trees.table.max_nodes
-        largest = parts_of(self.max_num_reqs, max_nodes, self.vocab_size)[0].stop * max_nodes
-        logits = self.model.compute_logits(hidden_states[:1].expand(largest, -1))
+        trees = self.model_state.trees
+        part = parts_of(self.max_num_reqs, trees.most_nodes, self.vocab_size)[0]
+        largest = part.stop * trees.most_nodes
+        one_pass = self.max_num_reqs * (trees.most_nodes + trees.most_masks)
+        rows = max(largest, min(one_pass, trees.rows_in_one_pass))
+        logits = self.model.compute_logits(hidden_states[:1].expand(rows, -1))[:largest]
         zeros = torch.zeros(largest, dtype=torch.int64, device=self.device)
         self.sampler.sample(
             torch.empty_like(logits, dtype=torch.float32).copy_(logits),
@@ -219,29 +225,25 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """Logits of node rows, targets, walk; then the KV moves.
 
-        hidden_states is `[rows, H]`; the sampler output holds `[B, max_depth + 2]` tokens, the last
-        column is the line of each request's block (`BlockOutput`).
+        hidden_states is `[rows, H]`; the sampler output holds `[B, max_depth + 3]` tokens, the last
+        two columns are the line of each request's block and where its walk stopped (`BlockOutput`).
         """
         trees, n = self.model_state.trees, input_batch.num_reqs
-        self.speculator.constrained = grammar_output is not None
+        self.speculator.constrained, self.speculator.logits = grammar_output is not None, None
         if input_batch.num_draft_tokens == 0:
-            trees.no_candidates(n)
             return super().sample(hidden_states, input_batch, grammar_output)
-        num_nodes = trees.nodes_each(input_batch)
+        # New ones for every step, as they travel to the host while the next step runs.
+        steps = trees.table.max_depth + 1
+        tokens = torch.empty(n, steps + 2, dtype=torch.int64, device=self.device)
+        num_emitted = torch.empty(n, dtype=torch.int32, device=self.device)
         scores = [
-            self._walk(hidden_states, input_batch, part, num_nodes, grammar_output)
-            for part in parts_of(n, num_nodes, self.vocab_size)
+            self._walk(hidden_states, input_batch, part, grammar_output, tokens, num_emitted)
+            for part in parts_of(n, trees.num_nodes, self.vocab_size)
         ]
         for caches, block_table in zip(self.layer_caches, trees.block_tables, strict=True):
-            move_kv(
-                caches,
-                block_table[:n],
-                trees.context_len[:n],
-                trees.path[:n],
-                trees.num_emitted[:n],
-            )
+            move_kv(caches, block_table[:n], trees.context_len[:n], trees.path[:n], num_emitted)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            trees.num_emitted[:n].clone(),
+            num_emitted,
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
@@ -249,10 +251,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         )
         logprobs, num_nans = zip(*scores, strict=True)
         output = SamplerOutput(
-            # a copy, as it travels to the host while the next step runs
-            sampled_token_ids=torch.cat(
-                [trees.tokens[:n], trees.line[:n, None], trees.last_node[:n, None]], dim=1
-            ),
+            sampled_token_ids=tokens,
             logprobs_tensors=joined_logprobs(logprobs),
             num_nans=torch.cat(num_nans) if self.sampler.compute_nans else None,
             num_sampled=num_sampled,
@@ -266,24 +265,31 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         hidden_states: torch.Tensor,
         input_batch: InputBatch,
         part: slice,
-        num_nodes: int,
         grammar_output: GrammarOutput | None,
+        # outputs of `StepTrees.walk`, for all requests
+        tokens: torch.Tensor,
+        num_emitted: torch.Tensor,
     ) -> tuple[LogprobsTensors | None, torch.Tensor | None]:
-        """Walk the trees of some requests; logprobs of the emitted tokens, and NaNs, where asked for."""
+        """Walk the trees of some requests; logprobs of the emitted tokens, and NaNs, where asked for.
+
+        Logits of mask rows, where they come along, stay for the next blocks: nothing here changes those.
+        """
         trees = self.model_state.trees
-        rows = trees.node_rows(part, num_nodes)
-        logits = self.model.compute_logits(hidden_states[rows.flatten()])
+        logits = self.model.compute_logits(hidden_states[trees.rows_of(part)])
+        if trees.num_masks:
+            self.speculator.logits = logits
+            logits = logits[trees.nodes_of(part)]
         if grammar_output is not None:
             self.node_grammar.constrain(logits, part, input_batch, grammar_output, trees)
-        num_nans = get_num_nans(logits[::num_nodes]) if self.sampler.compute_nans else None
-        nodes = NodeRows.of(rows, logits, part, input_batch)
+        num_nans = get_num_nans(logits[:: trees.num_nodes]) if self.sampler.compute_nans else None
+        nodes = NodeRows.of(trees, logits, part, input_batch)
         dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
-        targets, path_logits = self.tree_sampler(nodes, trees.line[part], dims is not None)
-        trees.walk(targets, part, input_batch)
+        targets, path_logits = self.tree_sampler(nodes, part, dims is not None)
+        trees.walk(targets, part, input_batch, tokens, num_emitted)
         if dims is None:
             return None, num_nans
         logprobs = self.tree_sampler.logprobs(
-            path_logits(trees.path[part].long()), trees.tokens[part], nodes.slots, dims
+            path_logits(trees.path[part].long()), tokens[part, :-2], nodes.slots, dims
         )
         return logprobs, num_nans
 

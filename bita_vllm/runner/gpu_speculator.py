@@ -1,4 +1,4 @@
-"""In vLLM's drafter seat of the V2 runner: the next blocks, from what the walk left behind.
+"""In vLLM's drafter seat of the V2 runner: the next blocks, from what the walk left.
 
 Source of the hooks: vllm/v1/worker/gpu/spec_decode/speculator.py.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bita_kernels.build_block import build_block, workspace_shape
+from bita_kernels.build_block import build_block
+from bita_kernels.rank_tokens import Ranking
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
@@ -16,20 +17,44 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from bita_vllm.runner.gpu_trees import StepTrees
 
+# Slices of int32 buffers that begin at a multiple of it are aligned to 16 bytes: Triton compiles for others anew.
+ALIGNED_REQUESTS = 4
+
+
+# Up to here the output head's time is that of reading its weights, whatever the rows: one pass over nodes and all
+# mask rows that may be chosen costs what a pass over nodes costs. Two tiles of 64 rows of a matrix product.
+MAX_ROWS_IN_ONE_PASS = 128
+
+
+def rows_in_one_pass(num_ranks: int, vocab_size: int) -> int:
+    """Most rows that get logits at once for nodes and mask rows together; else mask rows have a pass of their own.
+
+    A tensor-parallel rank reads its share of the weights only, but gathers all logits, so fewer rows pay.
+    """
+    return min(MAX_ROWS_IN_ONE_PASS // num_ranks, get_max_chunk_logits(vocab_size))
+
 
 def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:
     """Runs of requests whose logits are held at once: as many as vLLM's rejection sampler holds."""
     most = max(1, get_max_chunk_logits(vocab_size) // rows_each)
+    if most > ALIGNED_REQUESTS:
+        most -= most % ALIGNED_REQUESTS
     return [slice(start, min(start + most, num_requests)) for start in range(0, num_requests, most)]
 
 
 class BlockSpeculator(BaseSpeculator):
-    """Makes the next blocks from what the walk left; there is no draft model."""
+    """Makes the next blocks from what the walk left; there is no draft model.
+
+    Attributes:
+        logits: `[rows, V]` of the step's nodes and mask rows, where one pass gave both; None after `propose`.
+        constrained: whether a request of the step has a grammar: bitmasks are made for first templates only
+            (`grammar.py`).
+    """
 
     draft_logits = None
     supports_mm_inputs = False
     enable_adaptive_verification = False
-    # Whether a request of the step has a grammar: bitmasks are made for first templates only (`grammar.py`).
+    logits: torch.Tensor | None = None
     constrained = False
 
     def __init__(self, max_num_reqs: int, num_drafts: int, device: torch.device) -> None:
@@ -39,11 +64,7 @@ class BlockSpeculator(BaseSpeculator):
     def load(self, model: Any, trees: StepTrees, vocab_size: int) -> None:
         """The model is there: its output head makes candidates."""
         self.compute_logits, self.trees, self.vocab_size = model.compute_logits, trees, vocab_size
-        self.workspace = torch.empty(
-            workspace_shape(len(self.draft_tokens), vocab_size, trees.table),
-            dtype=torch.int64,
-            device=self.draft_tokens.device,
-        )
+        self.ranking = Ranking.of(len(self.draft_tokens), vocab_size, trees.table)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing of its own to capture."""
@@ -64,30 +85,45 @@ class BlockSpeculator(BaseSpeculator):
         **kwargs: Any,
     ) -> torch.Tensor:
         """`[num_reqs, R-1]` int64; `num_speculative_tokens` says for which template. Width 0 drafts nothing."""
-        n = input_batch.num_reqs
+        n, trees = input_batch.num_reqs, self.trees
+        logits, self.logits = self.logits, None
         if dummy_run or not num_speculative_tokens:
             return self.draft_tokens[:n]
-        trees = self.trees
-        lines = []
-        # Choosing among trees takes two fp32 copies of the logits for a moment.
-        for part in parts_of(n, 2 * trees.table.max_depth, self.vocab_size):
-            rows, logits_rows = trees.candidate_rows(part, num_speculative_tokens)
-            if input_batch.num_draft_tokens:
-                logits = self.compute_logits(last_hidden_states[rows])
-            else:  # no candidates: no row of the logits is read
-                logits = last_hidden_states.new_empty(1, self.vocab_size).expand(len(rows), -1)
-            only_first = self.constrained or not input_batch.num_draft_tokens
-            line = trees.choose_lines(part, num_speculative_tokens, logits, only_first)
-            lines.append(line)
-            num_logits = (part.stop - part.start) * trees.table.max_depth
-            build_block(
-                logits,
-                logits_rows,
-                line,
-                self.vocab_size,
-                trees.table,
-                self.workspace[:num_logits],
-                self.draft_tokens[part],
-            )
-        trees.keep_lines(input_batch, torch.cat(lines), num_speculative_tokens)
+        index = trees.set_of(num_speculative_tokens)
+        if logits is not None or not input_batch.num_draft_tokens:
+            self._build(slice(0, n), index, input_batch, logits, trees.mask_rows[:n])
+        else:
+            for part in parts_of(n, trees.table.max_depth, self.vocab_size):
+                rows = trees.candidate_rows(part, index)
+                # -1, where a request has fewer candidates, takes the last row: nobody looks at its logits.
+                chosen = self.compute_logits(last_hidden_states[rows].flatten(0, 1))
+                self._build(part, index, input_batch, chosen, trees.candidate_places(part, index))
+        trees.expect_blocks(input_batch, index)
         return self.draft_tokens[:n]
+
+    def _build(
+        self,
+        part: slice,
+        set_index: int,
+        input_batch: InputBatch,
+        # [number of rows, V]; None without candidates
+        logits: torch.Tensor | None,
+        # [requests of the part, max_depth] int64
+        logits_rows: torch.Tensor,
+    ) -> None:
+        """Choose and write the next blocks of some requests."""
+        trees = self.trees
+        build_block(
+            logits,
+            logits_rows,
+            trees.next_depths[part],
+            input_batch.idx_mapping[part],
+            self.vocab_size,
+            trees.table,
+            trees.choice,
+            set_index,
+            self.constrained,
+            self.ranking,
+            self.draft_tokens[part],
+            trees.line_of_slot,
+        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from bita_kernels.extend_paths import Chains, extend_paths
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -20,25 +21,29 @@ from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from bita_vllm.runner.gpu_trees import StepTrees
+
 
 @dataclass
 class NodeRows:
-    """Node rows of some requests of a step, N to each: row n of request b is its node n.
+    """Nodes of some requests of a step, N to each: node n of request b is row b * N + n.
 
-    Where a request has fewer nodes, its last row is repeated; the walk never looks there.
+    Where a request has fewer nodes, its last one is repeated; the walk never looks there.
 
     Attributes:
-        rows: `[B, N]` int64, row of the step.
-        tokens: `[B, N]` int32, input token, the only type that vLLM's kernels compile with.
-        positions: `[B, N]` int64, position in the sequence.
+        num_nodes: N.
+        tokens: `[B * N]` int32, input token, the only type that vLLM's kernels compile with.
+        positions: `[B * N]` int64, position in the sequence.
+        expanded_slots: `[B * N]` int64, slot of each node's request.
         logits: `[B * N, V]`.
         slots: `[B]` int64, vLLM's place of each request; slots_np on the host.
         seq_lens_np: `[B]` int32, upper bounds.
     """
 
-    rows: torch.Tensor
+    num_nodes: int
     tokens: torch.Tensor
     positions: torch.Tensor
+    expanded_slots: torch.Tensor
     logits: torch.Tensor
     slots: torch.Tensor
     slots_np: np.ndarray
@@ -47,18 +52,19 @@ class NodeRows:
     @classmethod
     def of(
         cls,
-        # [B, N] int64
-        rows: torch.Tensor,
+        trees: StepTrees,
         # [B * N, V]
         logits: torch.Tensor,
         part: slice,
         input_batch: InputBatch,
     ) -> NodeRows:
         """For the requests of `part`."""
+        nodes = trees.nodes_of(part)
         return cls(
-            rows,
-            input_batch.input_ids[rows],
-            input_batch.positions[rows],
+            trees.num_nodes,
+            trees.node_tokens[nodes],
+            trees.node_positions[nodes],
+            trees.node_slots[nodes],
             logits,
             input_batch.idx_mapping[part],
             input_batch.idx_mapping_np[part],
@@ -67,45 +73,38 @@ class NodeRows:
 
 
 class TreeSampler:
-    """Samples node rows; keeps what the logprobs of the emitted tokens need."""
+    """Samples nodes; keeps what the logprobs of the emitted tokens need."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        # [lines, R] int32, parent row of each row, -1 for the root and in padding
-        parent: torch.Tensor,
-        max_depth: int,
-    ) -> None:
+    def __init__(self, sampler: Sampler, trees: StepTrees) -> None:
         self.sampler = sampler
-        self.parent = parent
-        self.max_depth = max_depth
+        self.trees = trees
+        # [max_num_reqs * max nodes] int32: a node sampled by itself is the first of its chain
+        self._no_local_positions = torch.zeros_like(trees.node_tokens)
 
     def __call__(
-        self,
-        nodes: NodeRows,
-        # [B] int32, line of the template table, -1 for a request without a block
-        line: torch.Tensor,
-        wants_logprobs: bool,
+        self, nodes: NodeRows, part: slice, wants_logprobs: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """`[B * N]` int64 targets, and what gives the logits for logprobs along a path.
 
-        That function takes a path `[B, max_depth + 1]` of node indices and returns
+        `nodes` are those of `part`. That function takes a path `[B, max_depth + 1]` of node indices and returns
         `[B * (max_depth + 1), V]`.
         """
-        num_nodes = nodes.rows.shape[1]
         if self._looks_back(nodes.slots_np):
-            return self._along_the_walk(nodes, line, wants_logprobs)
-        sampled, processed = self._sample(
+            return self._along_the_walk(nodes, part, wants_logprobs)
+        local_positions = self._no_local_positions[: len(nodes.tokens)]
+        sampled, processed = self.sampler.sample(
             nodes.logits,
-            nodes,
-            num_nodes,
-            nodes.positions.flatten(),
-            nodes.tokens.flatten(),
-            torch.zeros_like(nodes.rows, dtype=torch.int32).flatten(),
-            wants_logprobs,
+            nodes.expanded_slots,
+            nodes.slots,
+            nodes.slots_np,
+            nodes.positions,
+            nodes.tokens,
+            local_positions,
+            nodes.seq_lens_np,
+            return_logprobs=wants_logprobs,
         )
         scored = processed if self._scores_processed else nodes.logits
-        return sampled, lambda path: scored[self._flat(path, num_nodes)]
+        return sampled, lambda path: scored[self._flat(path, nodes.num_nodes)]
 
     @property
     def _scores_processed(self) -> bool:
@@ -125,76 +124,58 @@ class TreeSampler:
         )
 
     def _along_the_walk(
-        self, nodes: NodeRows, line: torch.Tensor, wants_logprobs: bool
+        self, nodes: NodeRows, part: slice, wants_logprobs: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """One call a depth on the walk's path so far, laid out as a chain of drafts."""
-        num_requests, num_nodes = nodes.rows.shape
-        request = torch.arange(num_requests, device=line.device)
-        node = torch.zeros_like(request)
-        walking = torch.ones_like(request, dtype=torch.bool)
-        targets = torch.full_like(nodes.rows, -1)
-        parent = self.parent[line.clamp(min=0).long(), :num_nodes]
-        is_child = (parent >= 0) & (line >= 0)[:, None]
-        path, processed_steps = node[:, None], []
-        for depth in range(self.max_depth + 1):
-            length = depth + 1
-            local = torch.arange(length, dtype=torch.int32, device=line.device)
-            sampled, processed = self._sample(
-                nodes.logits[self._flat(path, num_nodes)],
-                nodes,
+        """One call a depth on the walk's path so far, laid out as a chain of drafts.
+
+        Of a call's logits only each chain's last row is kept, as a copy, and only where it is scored.
+        """
+        trees, num_requests = self.trees, len(nodes.slots)
+        chains = Chains.empty(num_requests, nodes.num_nodes, trees.table)
+        keeps_processed = wants_logprobs and self._scores_processed
+        processed_steps, sampled = [], None
+        for length in range(trees.table.max_depth + 2):
+            extend_paths(
+                sampled,
                 length,
-                nodes.positions.gather(1, path).flatten(),
-                nodes.tokens.gather(1, path).flatten(),
-                local.repeat(num_requests),
-                wants_logprobs,
+                trees.line[part],
+                trees.num_rows[part],
+                nodes.tokens,
+                nodes.positions,
+                nodes.slots,
+                trees.table,
+                chains,
             )
-            token = sampled.view(num_requests, length)[:, -1]
-            processed_steps.append(processed.view(num_requests, length, -1)[:, -1])
-            targets[request, node] = torch.where(walking, token, targets[request, node])
-            child = is_child & (parent == node[:, None]) & (nodes.tokens == token[:, None])
-            walking = walking & child.any(dim=1)
-            node = torch.where(walking, child.int().argmax(dim=1), node)
-            path = torch.cat([path, node[:, None]], dim=1)
+            if length > trees.table.max_depth:
+                break
+            rows = slice(0, num_requests * (length + 1))
+            sampled, processed = self.sampler.sample(
+                nodes.logits[chains.rows[rows]],
+                chains.slots[rows],
+                nodes.slots,
+                nodes.slots_np,
+                chains.positions[rows],
+                chains.tokens[rows],
+                chains.local[rows],
+                nodes.seq_lens_np,
+                return_logprobs=wants_logprobs,
+            )
+            if keeps_processed:
+                processed_steps.append(processed.view(num_requests, length + 1, -1)[:, -1].clone())
+            del processed
 
         def path_logits(taken: torch.Tensor) -> torch.Tensor:
             if self._scores_processed:
                 return torch.stack(processed_steps, dim=1).flatten(0, 1)
-            return nodes.logits[self._flat(taken, num_nodes)]
+            return nodes.logits[self._flat(taken, nodes.num_nodes)]
 
-        return targets.flatten(), path_logits
-
-    def _sample(
-        self,
-        # [B * n, V]
-        logits: torch.Tensor,
-        nodes: NodeRows,
-        # n, rows of each request
-        rows_each: int,
-        # [B * n] int64
-        positions: torch.Tensor,
-        # [B * n] int32
-        tokens: torch.Tensor,
-        # [B * n] int32, index in a chain of drafts
-        local_positions: torch.Tensor,
-        wants_logprobs: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.sampler.sample(
-            logits,
-            nodes.slots.repeat_interleave(rows_each),
-            nodes.slots,
-            nodes.slots_np,
-            positions,
-            tokens,
-            local_positions,
-            nodes.seq_lens_np,
-            return_logprobs=wants_logprobs,
-        )
+        return chains.targets, path_logits
 
     def logprobs(
         self,
         # [B * (max_depth + 1), V]
         logits: torch.Tensor,
-        # [B, max_depth + 1] int64, emitted tokens, -1 behind the last
+        # [B, max_depth + 1] int64, emitted tokens, -1 after the last
         tokens: torch.Tensor,
         slots: torch.Tensor,
         # from the sampler's get_logprobs_dims
