@@ -196,7 +196,7 @@ def _extend_paths_kernel(
     own = tl.where(line >= 0, own, 1)
 
     place = tl.arange(0, BLOCK_NODES)
-    tl.store(targets_ptr + first + place, -1, mask=(place < num_nodes) & (length == 0))
+    tl.store(targets_ptr + first + place, -1, mask=place < tl.where(started, 0, num_nodes))
     node = tl.load(path_ptr + length - 1, mask=started, other=0)
     walking = tl.load(walking_ptr + request, mask=started, other=0) != 0
     token = tl.load(sampled_ptr + (request + 1) * length - 1, mask=started, other=-1)
@@ -213,7 +213,7 @@ def _extend_paths_kernel(
     tl.store(path_ptr + length, node, mask=grows)
 
     depth = tl.arange(0, BLOCK_DEPTH)
-    inside = (depth <= length) & grows
+    inside = depth < tl.where(grows, length + 1, 0)
     at = tl.load(path_ptr + depth, mask=depth < length, other=0)
     row = first + tl.where(depth == length, node, at)
     out = request * (length + 1) + depth

@@ -18,7 +18,7 @@ from bita_kernels.shipped import TARGETS
 FORCED_SPILL = """
 import triton
 from bita_kernels.aot import GPUTarget, read_cubin
-from bita_kernels.build_block import shipped
+from bita_kernels.rank_tokens import shipped
 from triton.compiler import ASTSource
 this = shipped()[0]
 signature = {name: this.signature.get(name, "constexpr") for name in this.kernel.arg_names}
@@ -54,7 +54,8 @@ def offenders(rows, is_bad):
 @pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_target(compiled):
     seen = {(row["kernel"], int(row["sm"])) for row in compiled}
-    kernels = {"tree_attention", "accept_tree", "build_block", "move_kv", "add_mask_lora"}
+    kernels = {"tree_attention", "begin_step", "accept_tree", "extend_paths", "rank_tokens"}
+    kernels |= {"build_block", "move_kv", "add_mask_lora"}
     assert seen == {(kernel, sm) for kernel in kernels for sm in TARGETS}
 
 
