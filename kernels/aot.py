@@ -29,7 +29,14 @@ from triton.compiler import ASTSource
 
 from .shipped import TARGETS, Shipped
 
-KERNEL_FILES = ("tree_attention", "begin_step", "accept_tree", "extend_paths", "rank_tokens", "build_block")
+KERNEL_FILES = (
+    "tree_attention",
+    "begin_step",
+    "accept_tree",
+    "extend_paths",
+    "rank_tokens",
+    "build_block",
+)
 KERNEL_FILES += ("move_kv", "add_mask_lora")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # HMMA/IMMA/QMMA: mma.sync (sm_80 and later); HGMMA/QGMMA: wgmma (sm_90); UTC?MMA: tcgen05 (sm_100).

@@ -326,7 +326,8 @@ def _check(
         check_tensor(name, tensor, [length], dtypes, device)
     if not 1 <= num_nodes <= table.num_rows or not 0 <= num_masks < table.num_rows:
         raise ValueError(
-            f"num_nodes is {num_nodes} and num_masks {num_masks}, expected 1 to R and 0 to R - 1 with R = {table.num_rows}."
+            f"num_nodes is {num_nodes} and num_masks {num_masks}, expected 1 to R and 0 to R - 1, "
+            f"where R = {table.num_rows}."
         )
     if most_requests < requests:
         raise ValueError(f"line has {most_requests} places, expected one for {requests} requests.")

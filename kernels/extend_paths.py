@@ -138,10 +138,17 @@ def extend_paths_naive(
             chains.targets[first : first + num_nodes] = -1
             chains.walking[request] = 1
         else:
-            node, token = int(chains.path[request, length - 1]), int(sampled[(request + 1) * length - 1])
+            node, token = (
+                int(chains.path[request, length - 1]),
+                int(sampled[(request + 1) * length - 1]),
+            )
             if chains.walking[request]:
                 chains.targets[first + node] = token
-                own = min(int(table.num_nodes[own_line]), int(num_rows[request])) if own_line >= 0 else 1
+                own = (
+                    min(int(table.num_nodes[own_line]), int(num_rows[request]))
+                    if own_line >= 0
+                    else 1
+                )
                 children = (
                     child
                     for child in range(1, own)
@@ -155,7 +162,11 @@ def extend_paths_naive(
         chains.path[request, length] = node
         for depth, at in enumerate(chains.path[request, : length + 1].tolist()):
             out = request * (length + 1) + depth
-            chains.rows[out], chains.slots[out], chains.local[out] = first + at, slots[request], depth
+            chains.rows[out], chains.slots[out], chains.local[out] = (
+                first + at,
+                slots[request],
+                depth,
+            )
             chains.tokens[out] = node_tokens[first + at]
             chains.positions[out] = node_positions[first + at]
 

@@ -169,7 +169,8 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             )
         state.trees.lora_rows = lora_rows
         state.trees.rows_in_one_pass = rows_in_one_pass(
-            vllm_config.parallel_config.tensor_parallel_size, vllm_config.model_config.get_vocab_size()
+            vllm_config.parallel_config.tensor_parallel_size,
+            vllm_config.model_config.get_vocab_size(),
         )
         state.max_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return state

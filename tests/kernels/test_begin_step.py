@@ -84,7 +84,7 @@ def test_kernel_and_twin_lay_out_a_step_as_the_cpu_runner_does(
         linear = given_["positions"].clone().numpy()
         function(**given_)
         got = {name: given_[name] for name in OUTPUTS}
-        n, nodes, masks = num_requests, given_["num_nodes"], given_["num_masks"]
+        n, nodes = num_requests, given_["num_nodes"]
         assert got["line"].tolist() == [*blocks.line.tolist(), *[-1] * SPARE]
         assert got["first_row"][:n].tolist() == blocks.first_row.tolist()
         assert got["num_rows"][:n].tolist() == blocks.num_rows.tolist()

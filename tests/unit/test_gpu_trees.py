@@ -1,8 +1,14 @@
-"""The mask rows of a step, found on the device in fixed shapes."""
+"""The layout of a step: mask rows found in fixed shapes, one pass over the output head where rows are few."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from bita_kernels.begin_step import begin_step_naive
 
+from bita_vllm.runner import gpu_speculator, gpu_trees
+from bita_vllm.runner.gpu_speculator import parts_of, rows_in_one_pass
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.mask_lora import MaskRows
 from bita_vllm.template_set import TemplateSet
@@ -13,11 +19,36 @@ MAX_REQUESTS = 5
 
 
 @pytest.fixture
-def trees() -> StepTrees:
+def trees(monkeypatch) -> StepTrees:
+    monkeypatch.setattr(gpu_trees, "begin_step", begin_step_naive)
     templates = TemplateSet((Template.from_widths([2, 1], 3),))
     trees = StepTrees([templates], acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
     trees.lora_rows = MaskRows(MAX_REQUESTS * trees.table.num_rows + 1, torch.device("cpu"))
+    trees.expect_blocks(SimpleNamespace(idx_mapping_np=np.arange(MAX_REQUESTS)), 0)
     return trees
+
+
+def begin(trees: StepTrees, line: list[int], num_rows: list[int]) -> None:
+    """A step of requests with these lines, -1 for none, and rows."""
+    n = sum(rows > 0 for rows in num_rows)
+    rows = torch.tensor([0, *num_rows[:n]])
+    logits = torch.tensor(
+        [0, *(r if at >= 0 else 1 for at, r in zip(line, num_rows[:n], strict=False))]
+    )
+    trees.line_of_slot[:n] = torch.tensor(line[:n]).clamp(min=0)
+    drafts = (logits[1:] - 1).numpy()
+    batch = SimpleNamespace(
+        num_reqs=n,
+        num_draft_tokens=int(drafts.sum()),
+        num_draft_tokens_per_req=drafts,
+        idx_mapping=torch.arange(n),
+        idx_mapping_np=np.arange(n),
+        query_start_loc=rows.cumsum(0).int(),
+        cu_num_logits=logits.cumsum(0).int(),
+        input_ids=torch.zeros(sum(num_rows), dtype=torch.int32),
+        positions=torch.arange(sum(num_rows)),
+    )
+    trees.begin(batch, ())
 
 
 def expected(trees: StepTrees) -> list[int]:
@@ -42,11 +73,44 @@ def expected(trees: StepTrees) -> list[int]:
     ids=["mixed", "cut", "no masks left", "no blocks", "full"],
 )
 def test_mask_rows_lie_in_front_and_are_counted(trees, line, num_rows):
-    trees.line.copy_(torch.tensor(line))
-    trees.num_rows.copy_(torch.tensor(num_rows))
-    trees.first_row.copy_(torch.tensor(num_rows).cumsum(0) - torch.tensor(num_rows))
-    trees.lora_rows.rows.fill_(77)  # of an earlier step
-    trees._find_mask_rows(trees.lora_rows)
+    begin(trees, [2, 2], [16, 16])  # an earlier step
+    trees.lora_rows.rows.fill_(77)
+    begin(trees, line, num_rows)
+    assert trees.line.tolist() == [
+        at if rows else -1 for at, rows in zip(line, num_rows, strict=True)
+    ]
     want = expected(trees)
     assert int(trees.lora_rows.num) == len(want)
     assert trees.lora_rows.rows[: len(want)].tolist() == want
+
+
+def test_mask_rows_get_logits_with_the_nodes_up_to_the_limit(trees):
+    template = Template.from_widths([2, 1], 3)
+    nodes, masks = template.num_nodes, template.num_rows - template.num_nodes
+    trees.rows_in_one_pass = 2 * (nodes + masks)
+    begin(trees, [2, 2], [16, 16])
+    assert (trees.num_nodes, trees.num_masks) == (nodes, masks)
+    rows = trees.rows_of(slice(0, 2))
+    assert sorted(rows.tolist()) == list(range(2 * (nodes + masks)))
+    assert trees.first_mask[:2].tolist() == [2 * nodes, 2 * nodes + masks]
+
+    begin(trees, [2, 2, 2], [16, 16, 16])
+    assert (trees.num_nodes, trees.num_masks) == (nodes, 0)
+    assert trees.rows_of(slice(1, 3)).tolist() == [
+        16 * request + node for request in (1, 2) for node in range(nodes)
+    ]
+    assert trees.first_mask[:3].tolist() == [nodes, 16 + nodes, 32 + nodes]
+
+
+def test_few_rows_take_one_pass_and_fewer_where_ranks_share_the_head(monkeypatch):
+    assert rows_in_one_pass(1, 32_000) == gpu_speculator.MAX_ROWS_IN_ONE_PASS
+    assert rows_in_one_pass(4, 32_000) == gpu_speculator.MAX_ROWS_IN_ONE_PASS // 4
+    monkeypatch.setattr(gpu_speculator, "get_max_chunk_logits", lambda vocab_size: 13)
+    assert rows_in_one_pass(1, 32_000) == 13, "one pass is one part"
+
+
+def test_parts_begin_where_buffers_are_aligned(monkeypatch):
+    monkeypatch.setattr(gpu_speculator, "get_max_chunk_logits", lambda vocab_size: 100)
+    assert [part.start for part in parts_of(30, 9, 1000)] == [0, 8, 16, 24]
+    assert parts_of(30, 9, 1000)[-1].stop == 30
+    assert [part.start for part in parts_of(5, 40, 1000)] == [0, 2, 4]
