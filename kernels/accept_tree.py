@@ -256,7 +256,7 @@ def shipped() -> list[Shipped]:
 def _check(table: TreeTable, tensors: tuple[torch.Tensor, ...]) -> None:
     check_device(_accept_tree_kernel, table.device)
     requests, depth = len(tensors[5]), table.max_depth
-    shapes = (
+    shapes: tuple[tuple[str, list[int | None], tuple[torch.dtype, ...]], ...] = (
         ("target_tokens", [None], INTEGERS),
         ("row_tokens", [None], INTEGERS),
         ("first_target", [requests], INT32),

@@ -36,8 +36,9 @@ KERNEL_FILES = (
     "extend_paths",
     "rank_tokens",
     "build_block",
+    "move_kv",
+    "add_mask_lora",
 )
-KERNEL_FILES += ("move_kv", "add_mask_lora")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # HMMA/IMMA/QMMA: mma.sync (sm_80 and later); HGMMA/QGMMA: wgmma (sm_90); UTC?MMA: tcgen05 (sm_100).
 TENSOR_CORE = re.compile(r"\b(?:UTC\w*MMA|[HIQD]G?MMA)\b")

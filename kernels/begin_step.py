@@ -135,7 +135,8 @@ def begin_step_naive(
     num_mask_rows: torch.Tensor | None = None,
 ) -> None:
     """The specification of `begin_step`: the same arguments, one request after the other."""
-    num_requests, found = len(slots), []
+    num_requests = len(slots)
+    found: list[int] = []
     line[num_requests:] = -1
     for request, slot in enumerate(slots.tolist()):
         start, end = query_start[request : request + 2].tolist()
@@ -216,7 +217,7 @@ def _begin_step_kernel(
             masks_before += tl.sum(masks, axis=0)
     if request == num_requests:
         if FINDS_MASKS:
-            tl.store(num_mask_rows_ptr, masks_before.to(tl.int64))
+            tl.store(num_mask_rows_ptr, masks_before)
         for start in range(num_requests, most_requests, BLOCK_REQUESTS):
             other = start + tl.arange(0, BLOCK_REQUESTS)
             tl.store(line_ptr + other, -1, mask=other < most_requests)

@@ -73,7 +73,9 @@ def build_block(
     num_templates = choice.num_templates[set_index]
     chooses = logits is not None and num_templates > 1 and not only_first
     if logits is not None:
-        rank_tokens(logits, logits_rows, depths, most_depths, ranking, sums=chooses)
+        # Wherever there are sets, so that no request is the first to compile it.
+        sums = max(choice.num_templates) > 1
+        rank_tokens(logits, logits_rows, depths, most_depths, ranking, sums)
     _, chunks, num_ranks = ranking.keys.shape
     _build_block_kernel[(num_requests,)](
         ranking.keys,
@@ -288,8 +290,10 @@ def shipped() -> list[Shipped]:
     pointers |= dict.fromkeys(("keys_ptr", "top_ptr", "slots_ptr", "draft_tokens_ptr"), "*i64")
     floats = ("log_sums_ptr", "probabilities_ptr", "weight_ptr")
     pointers |= dict.fromkeys(floats, "*fp32")
-    integers = ("set_index", "most_depths", "num_templates", "first_mask_id", "chunks", "num_rows")
-    integers += ("num_lines", "num_nodes", "most_templates")
+    integers = (
+        "set_index", "most_depths", "num_templates", "first_mask_id", "chunks", "num_rows",
+        "num_lines", "num_nodes", "most_templates",
+    )  # fmt: skip
     listed = []
     for max_depth, num_ranks, num_nodes, num_rows, num_templates, vocab_size in (
         (3, 5, 13, 52, 1, 128 * 1024),

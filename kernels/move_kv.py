@@ -15,12 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import INT32, check_device, check_tensor
+from .checks import INT32, check_device, check_tensor, kind_of
 from .shipped import Shipped
 
 # Words of a row that a program carries for every depth.
 BLOCK_WORDS = 128
 WORD_TYPES = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
+
+_checked: set[object] = set()
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ def move_kv(
     Raises:
         ValueError: shapes, dtypes, strides or devices that do not fit.
     """
-    check_device(_move_kv_kernel, caches.addresses.device)
-    _check(caches, block_table, context_len, path, num_emitted)
+    kind = kind_of((caches.addresses, block_table, context_len, path, num_emitted))
+    if kind not in _checked:
+        _check(caches, block_table, context_len, path, num_emitted)
+        _checked.add(kind)
     num_requests, steps = path.shape
     if num_requests == 0:
         return
@@ -231,6 +235,7 @@ def _check(
     num_emitted: torch.Tensor,
 ) -> None:
     device = caches.addresses.device
+    check_device(_move_kv_kernel, device)
     check_tensor("context_len", context_len, [None], INT32, device)
     num_requests = len(context_len)
     check_tensor("num_emitted", num_emitted, [num_requests], INT32, device)

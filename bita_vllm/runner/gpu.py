@@ -121,6 +121,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             super().load_model(*args, **kwargs)
         trees = self.model_state.trees
         self.tree_sampler = TreeSampler(self.sampler, trees)
+        self.tree_sampler.warm_up()
         self.node_grammar = NodeGrammar(
             self.structured_outputs_worker, trees.table.max_nodes, self.max_num_reqs
         )
@@ -132,6 +133,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             trees.table,
             trees.choice,
             self.node_grammar,
+            self.tree_sampler,
             *(layer.impl for layer in layers),
         )
 

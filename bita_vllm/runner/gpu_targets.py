@@ -78,8 +78,23 @@ class TreeSampler:
     def __init__(self, sampler: Sampler, trees: StepTrees) -> None:
         self.sampler = sampler
         self.trees = trees
-        # [max_num_reqs * max nodes] int32: a node sampled by itself is the first of its chain
+        # [max_num_reqs * most nodes] int32: a node sampled by itself is the first of its chain
         self._no_local_positions = torch.zeros_like(trees.node_tokens)
+
+    def warm_up(self) -> None:
+        """Compile what only requests with penalties launch, so that none of them waits for it."""
+        trees, nodes, one = self.trees, slice(0, self.trees.most_nodes), slice(0, 1)
+        extend_paths(
+            None,
+            0,
+            trees.line[one],
+            trees.num_rows[one],
+            trees.node_tokens[nodes],
+            trees.node_positions[nodes],
+            trees.node_slots[one],
+            trees.table,
+            Chains.empty(1, trees.most_nodes, trees.table),
+        )
 
     def __call__(
         self, nodes: NodeRows, part: slice, wants_logprobs: bool

@@ -27,7 +27,7 @@ class StepTrees:
     Attributes:
         table: the lines of all templates, set after set.
         choice: which of a set's lines a block takes.
-        most_nodes, most_masks: of any template; R of the widest set is not their sum if they are of two templates.
+        most_nodes, most_masks: of any template; together more than R where they are of two.
         line_of_slot: `[max_num_reqs]` int32, line of the next block of the request in each slot.
         line: `[max_num_reqs]` int32, line of each request's block, -1 without one and after B.
         first_row, num_rows, context_len, first_mask, logits_rows, node_tokens, node_positions, node_slots: outputs of
