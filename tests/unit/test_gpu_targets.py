@@ -44,8 +44,8 @@ class CountingSampler:
 @pytest.fixture
 def trees(monkeypatch):
     monkeypatch.setattr(gpu_targets, "extend_paths", extend_paths_naive)
-    sets = sets_of_one([Template.from_widths([1, 1, 1], 1)])
-    trees = StepTrees(sets, acceptance_table(None, 1), NUM_REQUESTS, torch.device("cpu"))
+    sets = sets_of_one([Template.from_widths([1, 1, 1], 3)])
+    trees = StepTrees(sets, acceptance_table(None, 3), NUM_REQUESTS, torch.device("cpu"))
     trees.line.fill_(trees.table.max_depth)
     trees.num_rows.fill_(trees.table.num_rows)
     return trees
