@@ -26,10 +26,11 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import __version__
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
-from bita_vllm.ladder import Ladder
+from bita_vllm.ladder import Ladder, ranges_of
 from bita_vllm.machine import cpu_name
 from bita_vllm.row_options import ConfigError, choose_ladder
 from bita_vllm.template_set import templates_of
+from bita_vllm.token_budget import within_budget
 from bita_vllm.tree import Template
 
 if TYPE_CHECKING:
@@ -320,8 +321,19 @@ def check_engine(vllm_config: VllmConfig, settings: BitaSettings) -> None:
             f"rows; use at least {num_rows}, or a smaller tree (num_speculative_tokens)."
         )
     _refuse_first(_unsupported_engine(vllm_config))
+    if on_gpu():
+        _fit_table(vllm_config, settings, budget)
     if vllm_config.scheduler_config.async_scheduling:
         vllm_config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER_CLS
+
+
+def _fit_table(vllm_config: VllmConfig, settings: BitaSettings, budget: int) -> None:
+    """Let vLLM have a table by batch size where its one width does not fit in a step for every batch size."""
+    lookup = settings.ladder.lookup(vllm_config.scheduler_config.max_num_seqs).tolist()
+    fitting = within_budget(lookup, settings.ladder.widths, budget)
+    if fitting != lookup:
+        table = ranges_of(fitting[1:])
+        vllm_config.speculative_config.num_speculative_tokens_per_batch_size = table
 
 
 def _refuse_first(features: Iterable[tuple[str, bool]]) -> None:

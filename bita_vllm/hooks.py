@@ -171,6 +171,16 @@ CPU_OVERRIDES = (
         "(self, common_prefix_len, common_attn_metadata, fast_build=)",
     ),
     Hook(
+        f"{_SCHEDULER}.schedule",
+        "blocks take no token from root rows and prefill",
+        "(self, throttle_prefills=)",
+    ),
+    Hook(
+        f"{_SCHEDULER}.add_request",
+        "a request's own draft metrics count by depth",
+        "(self, request)",
+    ),
+    Hook(
         f"{_SCHEDULER}.make_spec_decoding_stats",
         "metrics count by depth, never rows",
         "(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, "

@@ -1,7 +1,7 @@
 """vLLM's scheduler with speculative statistics in tree depths, and with widths that follow the load.
 
 To the scheduler a step block is R-1 draft tokens; to a user a draft is as long as the tree is deep.
-Source: Scheduler.schedule, update_from_output, update_draft_token_ids, make_spec_decoding_stats
+Source: Scheduler.schedule, add_request, update_from_output, update_draft_token_ids, make_spec_decoding_stats
 (vllm/v1/core/sched/scheduler.py).
 """
 
@@ -14,11 +14,13 @@ import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from bita_vllm import config
 from bita_vllm.config import get_settings
 from bita_vllm.grammar import BlockGrammar
+from bita_vllm.token_budget import leave_out_blocks, prefill_tokens, within_budget
 from bita_vllm.tree import TemplateTable
 from bita_vllm.tuning.online import policy_of
 
@@ -26,15 +28,17 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+    from vllm.v1.request import Request
 
 logger = init_logger("vllm.bita")
 
 
 class _BlockScheduler(Scheduler):
-    """Stock scheduling; `vllm:spec_decode_*` counts depths offered and depths accepted, never rows.
+    """Stock scheduling; all draft metrics count depths offered and depths accepted, never rows.
 
     Widths are those of the ladder's table, which follows what steps take and what is accepted (tuning/online.py);
-    requests whose blocks do not pay go without for a while (tuning/accounts.py).
+    requests whose blocks do not pay go without for a while (tuning/accounts.py). Blocks never take the budget of
+    root rows and prefill (token_budget.py).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,30 +50,86 @@ class _BlockScheduler(Scheduler):
         stacked = TemplateTable(*settings.templates)
         self._depth_of_line = depth_of_line(stacked)
         self._depth_offered = depth_offered(TemplateTable(settings.template))
-        self._block_lines: dict[str, int] = {}
+        self._max_depth = settings.max_depth
         manager: Any = self.structured_output_manager  # type: ignore[has-type]
         self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
             manager, tables, self.vllm_config.model_config.get_vocab_size()
         )
         max_num_seqs = self.scheduler_config.max_num_seqs
-        if not config.on_gpu():
-            # Not told so by the config, which on the V1 runner may not have it. With a table by batch size
-            # stock does not pad requests that come in to R rows, which only CUDA graphs gain from.
-            self.dynamic_sd_lookup = settings.ladder.lookup(max_num_seqs).tolist()
+        self._widths = settings.ladder.widths
+        self._table: list[int] = []  # the last one asked for
+        # On the V1 runner the config may not have a table. With one, stock does not pad requests that come in
+        # to R rows, which only CUDA graphs gain from.
+        stock: list[int] | None = self.dynamic_sd_lookup  # type: ignore[has-type]
+        if stock is not None or not config.on_gpu():
+            self._use_table(settings.ladder.lookup(max_num_seqs).tolist())
         self._policy = policy_of(
             settings.ladder, settings.adapter_dir, max_num_seqs, padded=config.on_gpu()
         )
         self._last_decode = (0, 0.0)  # requests, end of the last step if it did nothing but decode
+
+    def add_request(self, request: Request) -> None:
+        """Stock; what is counted for one request has a place for each depth."""
+        super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(self._max_depth)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Stock; blocks for which root rows and prefill leave no room stay out of the step."""
+        budget, running = self.max_num_scheduled_tokens, self.running
+        if any(request.spec_token_ids for request in running):
+            free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()
+            num_prefill_tokens = prefill_tokens(
+                running,
+                self.waiting,
+                max(budget - len(running), 0),
+                self.max_num_running_reqs - len(running),
+                free_blocks * self.block_size,
+                self._longest_chunk(),
+            )
+            leave_out_blocks(running, budget, num_prefill_tokens)
+        return super().schedule(throttle_prefills)
+
+    def _longest_chunk(self) -> int:
+        """Most tokens of one prompt in a step, as vLLM caps them beside other requests."""
+        budget, threshold = (
+            self.max_num_scheduled_tokens,
+            self.scheduler_config.long_prefill_token_threshold,
+        )
+        # vLLM may raise the cap to a request's fair share.
+        return max(threshold, budget // sum(self.get_request_counts())) if threshold else budget
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         # Blocks are padded (V2 runner), or of several templates: the runner says which lines they had.
         lines = getattr(model_runner_output, "block_lines", None) or []
-        self._block_lines = dict(zip(model_runner_output.req_ids, lines, strict=False))
         if self._policy is not None:
             self._follow_the_load(scheduler_output, lines, model_runner_output)
+        self._count_depths(
+            scheduler_output, dict(zip(model_runner_output.req_ids, lines, strict=False))
+        )
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _count_depths(self, step: SchedulerOutput, line_of_request: dict[str, int]) -> None:
+        """Make the rows of a block that are no depth of it 'invalid drafts': vLLM's counts all leave those out."""
+        invalid = step.num_invalid_spec_tokens or {}
+        step.num_invalid_spec_tokens = {
+            request: num_rows
+            if invalid.get(request)  # the walk stopped at the root (grammar.py)
+            else num_rows - self._depth(line_of_request.get(request), num_rows)
+            for request, num_rows in zip(
+                step.scheduled_spec_decode_tokens,
+                map(len, step.scheduled_spec_decode_tokens.values()),
+                strict=True,
+            )
+        }
+
+    def _depth(self, line: int | None, num_rows: int) -> int:
+        """Deepest draft node among that many rows after the root."""
+        if line is None:
+            return int(self._depth_offered[num_rows])
+        return int(self._depth_of_line[line, num_rows])
 
     def _follow_the_load(
         self, step: SchedulerOutput, lines: list[int], output: ModelRunnerOutput
@@ -92,7 +152,15 @@ class _BlockScheduler(Scheduler):
         policy.saw_step(output.req_ids, lines, last_nodes, now - end_before if timed else None)
         if policy.review(now):
             logger.info("bita: rows by load now %s", policy.describe())
-        self.dynamic_sd_lookup = policy.lookup
+        self._use_table(policy.lookup)
+
+    def _use_table(self, table: list[int]) -> None:
+        """Take these widths by number of requests, as far as they fit in a step."""
+        if table != self._table:
+            self._table = list(table)
+            self.dynamic_sd_lookup = within_budget(
+                table, self._widths, self.max_num_scheduled_tokens
+            )
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Stock; requests whose blocks do not pay go without: one row, from which the runner goes on."""
@@ -109,16 +177,16 @@ class _BlockScheduler(Scheduler):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
-        if request_id in self._block_lines:
-            depth = int(self._depth_of_line[self._block_lines[request_id], num_draft_tokens])
-        else:
-            depth = int(self._depth_offered[num_draft_tokens])
-        if num_invalid_spec_tokens and num_invalid_spec_tokens.get(request_id):
-            depth = 0  # the walk stopped at the root (grammar.py)
-        stats = super().make_spec_decoding_stats(
-            spec_decoding_stats, depth, num_accepted_tokens, None, request_id
+        """Stock, with a place for each depth."""
+        if spec_decoding_stats is None and self.log_stats:
+            spec_decoding_stats = SpecDecodingStats.new(self._max_depth)
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
         )
-        return stats or spec_decoding_stats
 
 
 class BitaScheduler(_BlockScheduler):

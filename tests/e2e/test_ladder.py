@@ -45,12 +45,16 @@ if ON_GPU_RUNNER:
     MODEL = {"num_hidden_layers": 1, "num_key_value_heads": 1}
     LENGTHS, MAX_TOKENS = (1, 70, 5, 33, 1, 12), range(10, 46, 6)
     RANGES = [(1, 1, WIDTHS[2]), (2, 2, WIDTHS[1]), (3, 3, 0), (4, 4, WIDTHS[0]), (5, 5, 0)]
-    OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 6}
+    OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 6, "long_prefill_token_threshold": 8}
 else:
     MODEL = {}
     LENGTHS, MAX_TOKENS = (1, 5, 300, 33, 1, 12, 64, 2, 90, 1, 40, 7, 200), range(70, 109, 3)
     RANGES = [(1, 2, WIDTHS[2]), (3, 5, WIDTHS[1]), (6, 8, 0), (9, 10, WIDTHS[0]), (11, 11, 0)]
-    OPTIONS = {"max_num_batched_tokens": 256, "max_num_seqs": 12}
+    OPTIONS = {
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 12,
+        "long_prefill_token_threshold": 100,  # leaves room for blocks beside a long prompt
+    }
 
 
 def make_ladder(ranges: Sequence[tuple[int, int, int]], **provenance: Any) -> Ladder:
