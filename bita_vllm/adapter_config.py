@@ -4,15 +4,22 @@ Everything that can be wrong with an adapter is an `AdapterError` whose message 
 person at the command line. Nothing here imports vLLM.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, TypeGuard, TypeVar
+
+from bita_vllm.file_schemas import (
+    MAX_MASK_TOKENS,
+    AcceptanceSchema,
+    SchemaError,
+    check,
+    read_json,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MAX_MASK_TOKENS = 16
 MAX_PROMPT_TOKENS = 256
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -95,7 +102,7 @@ class AdapterConfig:
         path = Path(path)
         _check_layout(path)
         try:
-            raw = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+            raw = read_json(path / CONFIG_FILE)
         except (OSError, ValueError) as error:
             raise AdapterError(
                 f"{path / CONFIG_FILE} is not readable JSON ({first_line(error)}); "
@@ -112,7 +119,7 @@ class AdapterConfig:
         kind = raw.get("speculators_model_type")
         if kind != "bita":
             raise AdapterError(
-                f"{where} has speculators_model_type {kind!r}, but bita needs 'bita': "
+                f"{where} has speculators_model_type {short(kind)}, but bita needs 'bita': "
                 "this is not a bita adapter."
             )
         speculators = _entry(raw, "speculators_config", dict, where)
@@ -120,15 +127,17 @@ class AdapterConfig:
         if not methods or not isinstance(methods[0], dict):
             raise AdapterError(f"{where} needs one object in proposal_methods.")
         verifier = _entry(speculators, "verifier", dict, where)
+        num_masks = _int_entry(raw, "num_mask_tokens", 1, MAX_MASK_TOKENS, where)
         acceptance = raw.get("acceptance")
         if acceptance is not None:
             acceptance = _entry(raw, "acceptance", dict, where)
+            _check_acceptance(acceptance, num_masks, where)
         try:
             model = ModelShape.from_hf_config(_entry(raw, "transformer_layer_config", dict, where))
         except AdapterError as error:
             raise AdapterError(f"In {where}, transformer_layer_config is wrong: {error}") from error
         return cls(
-            num_mask_tokens=_int_entry(raw, "num_mask_tokens", 1, MAX_MASK_TOKENS, where),
+            num_mask_tokens=num_masks,
             num_prompt_tokens=_int_entry(raw, "num_prompt_tokens", 0, MAX_PROMPT_TOKENS, where),
             model=model,
             verifier=_entry(verifier, "name_or_path", str, where),
@@ -174,6 +183,24 @@ def _check_layout(path: Path) -> None:
             raise AdapterError(f"The adapter {path} has no {name}.")
 
 
+def _check_acceptance(acceptance: dict[str, Any], num_masks: int, where: str) -> None:
+    """Raise AdapterError unless statistics and template sets are such as `bita eval` makes for this adapter."""
+    again = "run 'bita eval' to make them again"
+    try:
+        sets = check(AcceptanceSchema, acceptance).template_sets
+    except SchemaError as error:
+        raise AdapterError(
+            f"The acceptance statistics in {where} cannot be used: {error}; {again}."
+        ) from None
+    for rows, one in sets.items():
+        longest = max((max(t.groups.values(), default=0) for t in one.templates), default=0)
+        if longest > num_masks:
+            raise AdapterError(
+                f"The template set of {rows} rows in {where} has a mask group of {longest} rows, but the adapter has "
+                f"{num_masks} mask tokens; {again}."
+            )
+
+
 def _entry(raw: dict[str, Any], key: str, kind: type[_T], where: str) -> _T:
     value = raw.get(key)
     if not isinstance(value, kind):
@@ -189,7 +216,7 @@ def _int_entry(raw: dict[str, Any], key: str, low: int, high: int | None, where:
         span = f"{low}..{high}" if high is not None else f"at least {low}"
         raise AdapterError(
             f"{where} needs {key} to be a whole number, {span}, but it is "
-            f"{'missing' if value is None else repr(value)}."
+            f"{'missing' if value is None else short(value)}."
         )
     return value
 
@@ -198,7 +225,7 @@ _JSON_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a strin
 
 
 def _kind(value: Any) -> str:
-    return "missing" if value is None else _JSON_NAMES.get(type(value), repr(value))
+    return "missing" if value is None else _JSON_NAMES.get(type(value), short(value))
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

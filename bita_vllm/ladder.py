@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bita_vllm.file_schemas import LadderSchema, check, read_json
 from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateError
 
@@ -91,15 +92,14 @@ class Ladder:
         if path.is_dir():
             path = path / LADDER_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             version = content["bita_ladder"]
             if version == FORMAT_VERSION:
-                sets = [TemplateSet.from_dict(entry) for entry in content["template_sets"]]
-                ranges = [_range(entry) for entry in content["batch_sizes"]]
-                provenance = dict(content.get("provenance", {}))
+                form = check(LadderSchema, content)
+                sets = [TemplateSet.of_schema(entry) for entry in form.template_sets]
         except TemplateError as error:
             raise LadderError(f"Ladder file {path}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise LadderError(
                 f"Ladder file {path} cannot be read ({type(error).__name__}: {error}); make it again with 'bita tune'."
             ) from None
@@ -108,7 +108,7 @@ class Ladder:
                 f"Ladder file {path} has format {version!r}, but this bita reads format {FORMAT_VERSION}; "
                 "make it again with 'bita tune'."
             )
-        return cls(sets, ranges, provenance)
+        return cls(sets, form.batch_sizes, dict(content.get("provenance", {})))
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form, in one move. Raises LadderError."""
@@ -182,13 +182,6 @@ def describe_ranges(ranges: Sequence[tuple[int, int, int]]) -> str:
         f"{first}-{end}: {width + 1} rows" if width else f"{first}-{end}: plain"
         for (first, _, width), end in zip(ranges, ends, strict=True)
     )
-
-
-def _range(entry: Any) -> tuple[int, int, int]:
-    first, last, width = entry
-    if not all(type(value) is int for value in (first, last, width)):
-        raise TypeError(f"batch size range {entry!r} is not [first, last, width] in whole numbers")
-    return first, last, width
 
 
 def _check_ranges(ranges: Sequence[tuple[int, int, int]]) -> None:

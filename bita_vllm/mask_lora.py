@@ -7,13 +7,13 @@ same modules, so PEFT and vLLM's LoRA loader read them as they are. Nothing here
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from bita_vllm.adapter_config import AdapterError, first_line
+from bita_vllm.file_schemas import LoraSchema, SchemaError, check, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -226,25 +227,24 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
     file = path / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"{file} is not readable JSON ({first_line(error)}); copy or download the adapter again."
         ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise AdapterError(f"{file} has peft_type {kind!r}, but bita applies LORA only.")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise AdapterError(f"{file} needs r to be a whole number, at least 1, but it is {rank!r}.")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise AdapterError(f"{file} needs lora_alpha to be a number, but it is {alpha!r}.")
+        raise AdapterError(f"{file} has peft_type {short(kind)}, but bita applies LORA only.")
+    try:
+        check(LoraSchema, config)
+    except SchemaError as error:
+        raise AdapterError(f"{file} cannot be used: {error}.") from None
     options = {name: config.get(name) for name in _MUST_BE_OFF}
     options["bias"] = None if config.get("bias") == "none" else config.get("bias")
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
         options["init_lora_weights"] = initial
-    if wrong := [f"{name} = {value!r}" for name, value in options.items() if value]:
+    if wrong := [f"{name} = {short(value)}" for name, value in options.items() if value]:
         raise AdapterError(
             f"{file} has {', '.join(wrong)}, which bita does not apply to mask rows; train the deltas "
             "without."
@@ -290,7 +290,7 @@ def _check_targets(targets: Any, modules: Iterable[str], path: Path) -> None:
     met = {t for name in modules for t in targets if name == t or name.endswith(f".{t}")}
     if absent := sorted(set(targets) - met):
         raise AdapterError(
-            f"{path / CONFIG_FILE} has {', '.join(absent)} in target_modules, but {WEIGHTS_FILE} holds no "
+            f"{path / CONFIG_FILE} has {short(', '.join(absent))} in target_modules, but {WEIGHTS_FILE} holds no "
             "such module: they do not belong together."
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bita_vllm.file_schemas import AcceptanceSchema, TemplateSetSchema, check
 from bita_vllm.tree import Template, TemplateError
 from bita_vllm.tree_search import best_template
 
@@ -72,10 +73,9 @@ class TemplateSet:
         return max(template.num_masks for template in self.templates)
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> TemplateSet:
-        """From the JSON form. Raises TemplateError, or what Python raises for another form."""
-        templates = tuple(Template.from_dict(entry) for entry in content["templates"])
-        return cls(templates, float(content["gain"]))
+    def of_schema(cls, form: TemplateSetSchema) -> TemplateSet:
+        """From the checked JSON form. Raises TemplateError."""
+        return cls(tuple(map(Template.of_schema, form.templates)), form.gain)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -106,12 +106,11 @@ def saved_sets(acceptance: Mapping[str, Any] | None) -> dict[int, TemplateSet]:
     Raises TemplateError if they are malformed.
     """
     try:
-        entries = dict((acceptance or {}).get("template_sets", {}))
-        return {int(rows): TemplateSet.from_dict(entry) for rows, entry in entries.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        entries = check(AcceptanceSchema, acceptance or {}).template_sets
+        return {int(rows): TemplateSet.of_schema(entry) for rows, entry in entries.items()}
+    except ValueError as error:
         raise TemplateError(
-            f"The adapter's template sets cannot be read ({type(error).__name__}: {error}); "
-            "run 'bita eval' to make them."
+            f"The adapter's template sets cannot be read ({error}); run 'bita eval' to make them."
         ) from None
 
 
@@ -121,6 +120,6 @@ def set_within(num_rows: int, num_masks: int, acceptance: Mapping[str, Any] | No
     `acceptance`: the adapter's statistics. Raises TemplateError.
     """
     saved = saved_sets(acceptance).get(num_rows)
-    if saved is not None and saved.num_masks <= num_masks:
+    if saved is not None:
         return saved
     return TemplateSet((best_template(num_rows, num_masks, acceptance),))

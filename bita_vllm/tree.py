@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-MAX_ROWS = 256
+from bita_vllm.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
+
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
 
 
@@ -115,11 +116,10 @@ class Template:
     def load(cls, path: str | Path) -> Template:
         """Read `{"nodes": [[parent, rank], ...], "groups": {"0": 3, ...}}`."""
         try:
-            content = json.loads(Path(path).read_text())
-            return cls.from_dict(content)
+            return cls.from_dict(read_json(Path(path)))
         except TemplateError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise TemplateError(
                 f"Tree template file {path} cannot be read ({type(error).__name__}: {error}); "
                 'expected JSON like {"nodes": [[0, 0], [0, 1], [1, 0]], "groups": {"0": 3, "1": 2}}.'
@@ -130,11 +130,14 @@ class Template:
         Path(path).write_text(json.dumps(self.to_dict()) + "\n")
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Template:
-        """From the JSON form. Raises TemplateError, or what Python raises for another form."""
-        nodes = [(int(parent), int(rank)) for parent, rank in content["nodes"]]
-        groups = {int(row): int(length) for row, length in content["groups"].items()}
-        return cls.build(nodes, groups)
+    def from_dict(cls, content: Any) -> Template:
+        """From the JSON form. Raises TemplateError or SchemaError."""
+        return cls.of_schema(check(TemplateSchema, content))
+
+    @classmethod
+    def of_schema(cls, form: TemplateSchema) -> Template:
+        """From the checked JSON form. Raises TemplateError."""
+        return cls.build(form.nodes, {int(row): length for row, length in form.groups.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

@@ -105,7 +105,12 @@ def acceptance_table(acceptance: Mapping[str, Any] | None, num_masks: int) -> np
         wrong = table.ndim != 4 or table.shape[1:3] != (2, num_masks) or not table.size
     except (ValueError, TypeError, IndexError):
         wrong = True
-    if wrong or table.min() < 0 or table.sum(axis=-1).max() > 1 + 1e-5:
+    if (
+        wrong
+        or not np.isfinite(table).all()
+        or table.min() < 0
+        or table.sum(axis=-1).max() > 1 + 1e-5
+    ):
         raise TemplateError(
             f"Acceptance statistics must be {num_masks} equally long lists of probabilities by rank, each summing "
             f"to at most 1; got {len(plain)} lists. Run 'bita eval' to make them."

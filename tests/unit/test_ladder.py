@@ -80,7 +80,7 @@ def test_mask_groups_must_fit_the_adapter():
     [
         ({"bita_ladder": 1}, "has format 1"),
         ({"batch_sizes": [[1, 2]]}, "cannot be read"),
-        ({"batch_sizes": [[1, 2, 3.5]]}, "whole numbers"),
+        ({"batch_sizes": [[1, 2, 3.5]]}, "to be a whole number, but it is 3.5"),
         ({"template_sets": [LOOSE_NODE]}, "node 1 has parent 4"),
         ({"template_sets": [SETS[0].to_dict()] * 2}, "begin with 12 rows"),
         ({"template_sets": 3}, "cannot be read"),
