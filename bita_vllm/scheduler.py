@@ -45,8 +45,8 @@ class _BlockScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        # Requests with a grammar have blocks of first templates only (the runners see to it).
-        tables = [TemplateTable(one.first) for one in settings.ladder.template_sets]
+        # The runners see to it that requests with a grammar have blocks of these only.
+        tables = [TemplateTable(template) for template in settings.ladder.first_templates]
         stacked = TemplateTable(*settings.templates)
         self._depth_of_line = depth_of_line(stacked)
         self._depth_offered = depth_offered(TemplateTable(settings.template))

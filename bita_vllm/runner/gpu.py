@@ -123,8 +123,9 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self.tree_sampler = TreeSampler(self.sampler, trees)
         self.tree_sampler.warm_up()
         self.node_grammar = NodeGrammar(
-            self.structured_outputs_worker, trees.table.max_nodes, self.max_num_reqs
+            self.structured_outputs_worker, self.settings.ladder.first_templates, self.max_num_reqs
         )
+        self.node_grammar.warm_up(self.vocab_size, self.dtype)
         self.speculator.load(self.model, trees, self.vocab_size)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
         keep_through_sleep(

@@ -5,6 +5,7 @@ Source: vllm/v1/worker/gpu/structured_outputs.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from types import SimpleNamespace
 
@@ -16,15 +17,31 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
 from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.tree import Template
 
 
 class NodeGrammar:
     """vLLM's StructuredOutputsWorker on logits that have N rows for each request, one a node."""
 
-    def __init__(self, worker: StructuredOutputsWorker, max_nodes: int, max_num_reqs: int) -> None:
+    def __init__(
+        self,
+        worker: StructuredOutputsWorker,
+        # that blocks of requests with a grammar are made from
+        templates: Sequence[Template],
+        max_num_reqs: int,
+    ) -> None:
         self._worker = copy(worker)  # shares the buffers
-        self._worker.mask_stride = self._rows_each = max_nodes  # rows that BlockGrammar makes
+        # As many rows as BlockGrammar makes. Trees that others may take can have more nodes.
+        self._rows_each = max(template.num_nodes for template in templates)
+        self._worker.mask_stride = self._rows_each
         self._counting = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=worker.device)
+
+    def warm_up(self, vocab_size: int, dtype: torch.dtype) -> None:
+        """Launch vLLM's kernel once: its own warm-up compiles it for another number of rows a request."""
+        logits = torch.zeros(self._rows_each, vocab_size, dtype=dtype, device=self._counting.device)
+        words = self._worker.grammar_bitmask.shape[1]
+        masks = np.full((self._rows_each, words), -1, dtype=np.int32)
+        self._apply(logits, ["warm-up"], ["warm-up"], masks)
 
     def constrain(
         self,
@@ -47,19 +64,28 @@ class NodeGrammar:
         if not inside:
             return
         masks = grammar.grammar_bitmask.reshape(len(ids), self._rows_each, -1)[inside]
-        num_nodes = len(logits) // len(request_ids)
-        layout = SimpleNamespace(
-            req_ids=request_ids,
-            cu_num_logits=self._counting[: len(request_ids) + 1] * num_nodes,
-            cu_num_logits_np=None,
-            num_draft_tokens_per_req=np.full(len(request_ids), self._rows_each - 1),
-        )
         chosen = [ids[index] for index in inside]
-        self._worker.apply_grammar_bitmask(
-            logits, layout, chosen, masks.reshape(-1, masks.shape[2])
-        )
+        self._apply(logits, request_ids, chosen, masks.reshape(-1, masks.shape[2]))
         acceptable = grammar.num_acceptable_drafts or [0] * len(ids)
         unknown = [part.start + order[ids[index]] for index in inside if not acceptable[index]]
         if unknown:
             rows = trees.num_rows
             rows.index_fill_(0, async_tensor_h2d(np.array(unknown), device=rows.device), 1)
+
+    def _apply(
+        self,
+        # [requests * N, V], changed in place
+        logits: torch.Tensor,
+        request_ids: list[str],
+        chosen: list[str],
+        # [chosen requests * rows each, V / 32] int32
+        masks: np.ndarray,
+    ) -> None:
+        layout = SimpleNamespace(
+            req_ids=request_ids,
+            cu_num_logits=self._counting[: len(request_ids) + 1]
+            * (len(logits) // len(request_ids)),
+            cu_num_logits_np=None,
+            num_draft_tokens_per_req=np.full(len(request_ids), self._rows_each - 1),
+        )
+        self._worker.apply_grammar_bitmask(logits, layout, chosen, masks)

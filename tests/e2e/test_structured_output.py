@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
@@ -15,15 +16,20 @@ from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from bita_vllm.adapter import AdapterConfig
 from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet
+from bita_vllm.template_set import TemplateSet, saved_sets
 from bita_vllm.tree import Template
 
 pytestmark = pytest.mark.slow
 NUM_SCHEMAS = 50
-TREES = Ladder.fixed(
-    TemplateSet(tuple(Template.from_widths(widths, 3) for widths in ([2, 1], [1, 1], [3])))
-)
+SHIPPED = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
+TREES = {
+    "most nodes in the first tree": TemplateSet(
+        tuple(Template.from_widths(widths, 3) for widths in ([2, 1], [1, 1], [3]))
+    ),
+    "shipped": saved_sets(AdapterConfig.load(SHIPPED).acceptance)[16],
+}
 OPTIONS = {
     "max_model_len": 128,
     "max_num_seqs": 16 if ON_GPU_RUNNER else 8,
@@ -78,18 +84,19 @@ def case(tiny_model, tmp_path_factory):
         return model, adapter, generate(llm, make_requests())
 
 
+@pytest.mark.parametrize("trees", ["shipped"] if ON_GPU_RUNNER else TREES)
 @pytest.mark.parametrize("drafts", ["oracle"] if ON_GPU_RUNNER else ["oracle", "random adapter"])
-def test_output_equals_plain_vllm(case, drafts, tmp_path):
+def test_output_equals_plain_vllm(case, drafts, trees, tmp_path):
     model, adapter, plain = case
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
-    TREES.save(tmp_path / "ladder.json")
+    Ladder.fixed(TREES[trees]).save(tmp_path / "ladder.json")
     bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
         outputs = generate(llm, make_requests())
     for i, (ours, theirs) in enumerate(zip(outputs, plain, strict=True)):
         assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids), i
         assert ours.outputs[0].finish_reason == theirs.outputs[0].finish_reason
-    first_lines = TREES.widest.max_depth + 1
+    first_lines = TREES[trees].first.max_depth + 1
     lines = {step.line for step in steps if step.request.split("-")[0] != outputs[-1].request_id}
     assert max(lines) < first_lines, "a block with a grammar took a tree that bitmasks are not for"
     lengths = [len(step.tokens) for step in steps if step.line > 0]
