@@ -243,6 +243,29 @@ def device_name() -> str:
     return current_platform.get_device_name() if on_gpu() else cpu_name()
 
 
+def refuse_platform() -> str | None:
+    """Why bita cannot be served in this process, whatever the model; None if it can."""
+    if not (on_gpu() or current_platform.is_cpu()):
+        name = getattr(
+            current_platform, "device_name", None
+        )  # where vLLM finds no device it has none
+        return (
+            "Speculative method 'bita' runs on vLLM's CUDA and CPU platforms, but this is "
+            f"{repr(name) if name else 'an unknown one'}; serve without it."
+        )
+    if on_gpu() and envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        return (
+            "VLLM_USE_V2_MODEL_RUNNER=0 is set, but on a GPU bita uses vLLM's V2 model runner; "
+            "unset it."
+        )
+    if not on_gpu() and envs.VLLM_USE_V2_MODEL_RUNNER:
+        return (
+            "VLLM_USE_V2_MODEL_RUNNER=1 is set, but on CPU bita uses vLLM's V1 model runner; "
+            "unset it."
+        )
+    return None
+
+
 def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
     """Take worker class, attention backend and scheduling for bita, unless the user asked for others.
 
@@ -251,11 +274,8 @@ def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
     """
     # Here already: vLLM's own message about LoRA with drafts is about row counts.
     _refuse_first([("LoRA (enable_lora)", args.enable_lora)])
-    if not (on_gpu() or current_platform.is_cpu()):
-        raise ConfigError(
-            f"Speculative method 'bita' runs on vLLM's CUDA and CPU platforms, but this is "
-            f"{current_platform.device_name!r}; serve without it."
-        )
+    if refusal := refuse_platform():
+        raise ConfigError(refusal)
     worker_cls = GPU_WORKER_CLS if on_gpu() else CPU_WORKER_CLS
     if parallel_config.worker_cls not in ("auto", worker_cls):
         raise ConfigError(
@@ -276,11 +296,6 @@ def claim_engine(args: EngineArgs, parallel_config: ParallelConfig) -> None:
 
 
 def _claim_cpu_runner(args: EngineArgs) -> None:
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise ConfigError(
-            "VLLM_USE_V2_MODEL_RUNNER=1 is set, but on CPU bita uses vLLM's V1 model runner; "
-            "unset it."
-        )
     if args.async_scheduling:
         raise ConfigError(
             "async_scheduling is on, but bita on CPU schedules each step after the last one; "
@@ -290,11 +305,6 @@ def _claim_cpu_runner(args: EngineArgs) -> None:
 
 
 def _claim_gpu_runner(args: EngineArgs) -> None:
-    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
-        raise ConfigError(
-            "VLLM_USE_V2_MODEL_RUNNER=0 is set, but on a GPU bita uses vLLM's V2 model runner; "
-            "unset it."
-        )
     asked = args.attention_backend or args.attention_config.backend
     if asked not in (None, AttentionBackendEnum.TRITON_ATTN, "TRITON_ATTN"):
         raise ConfigError(

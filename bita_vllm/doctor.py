@@ -100,12 +100,12 @@ def _check_hooks(package_dir: Path) -> Iterator[Check]:
 
 
 def _check_platform() -> Check:
-    from vllm.platforms import current_platform
+    from bita_vllm.config import device_name, on_gpu, refuse_platform
 
-    name = current_platform.device_name or "unknown"
-    if not current_platform.is_cpu():
-        return Check("platform", False, f"{name}: bita runs on vLLM's CPU platform only for now")
-    return Check("platform", True, f"{name}, attention backend CPU_ATTN, V1 model runner")
+    if refusal := refuse_platform():
+        return Check("platform", False, refusal)
+    place, runner = ("CUDA", "V2") if on_gpu() else ("CPU", "V1")
+    return Check("platform", True, f"{place} ({device_name()}), vLLM's {runner} model runner")
 
 
 def _check_adapter(adapter: str, model: str | None) -> Check:

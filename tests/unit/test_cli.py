@@ -1,12 +1,15 @@
 """`bita doctor`: says what is well and what is not, in a table and in JSON, with an exit code."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import Platform, PlatformEnum, UnspecifiedPlatform
 
-from bita_vllm import cli, doctor, patches
+from bita_vllm import cli, config, doctor, patches
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.mask_lora import MaskLoraWeights
 
@@ -119,6 +122,42 @@ def test_plugin_left_out_by_the_environment_fails(capsys, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     code, content = report(capsys)
     assert (code, failed(content)) == (1, ["plugin"])
+
+
+class Cuda(Platform):
+    """As vLLM's on a machine with an NVIDIA GPU; nothing is asked of a driver."""
+
+    _enum, device_name = PlatformEnum.CUDA, "cuda"
+
+    @classmethod
+    def get_device_name(cls, device_id=0):
+        return "NVIDIA H100 80GB HBM3"
+
+
+class Rocm(Platform):
+    _enum, device_name = PlatformEnum.ROCM, "rocm"
+
+
+@pytest.mark.parametrize(
+    ("platform", "v2_runner", "ok", "said"),
+    [
+        (CpuPlatform, None, True, r"CPU \(.+\), vLLM's V1 model runner"),
+        (CpuPlatform, "1", False, "VLLM_USE_V2_MODEL_RUNNER=1 is set, but on CPU"),
+        (Cuda, None, True, r"CUDA \(NVIDIA H100 80GB HBM3\), vLLM's V2 model runner"),
+        (Cuda, "0", False, "VLLM_USE_V2_MODEL_RUNNER=0 is set, but on a GPU"),
+        (Rocm, None, False, "CUDA and CPU platforms, but this is 'rocm'"),
+        (UnspecifiedPlatform, None, False, "CUDA and CPU platforms, but this is an unknown one"),
+    ],
+    ids=["CPU", "CPU, V2 asked for", "CUDA", "CUDA, V1 asked for", "ROCm", "unknown"],
+)
+def test_platform(capsys, monkeypatch, platform, v2_runner, ok, said):
+    monkeypatch.setattr(config, "current_platform", platform())
+    if v2_runner is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
+    code, content = report(capsys)
+    (platform_check,) = (check for check in content["checks"] if check["name"] == "platform")
+    assert re.search(said, platform_check["detail"])
+    assert (code, failed(content)) == ((0, []) if ok else (1, ["platform"]))
 
 
 @pytest.mark.parametrize("argv", [[], ["no-such-command"]], ids=["nothing", "unknown"])
