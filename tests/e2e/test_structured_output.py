@@ -84,15 +84,33 @@ def case(tiny_model, tmp_path_factory):
         return model, adapter, generate(llm, make_requests())
 
 
+@pytest.fixture
+def launched_rows(monkeypatch):
+    """Bitmask rows of a request, in each launch of the V2 runner's kernel: it is compiled for every number of them."""
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+
+    rows = []
+    apply = StructuredOutputsWorker.apply_grammar_bitmask
+
+    def recording(self, *args):
+        rows.append(self.mask_stride)
+        return apply(self, *args)
+
+    monkeypatch.setattr(StructuredOutputsWorker, "apply_grammar_bitmask", recording)
+    return rows
+
+
 @pytest.mark.parametrize("trees", ["shipped"] if ON_GPU_RUNNER else TREES)
 @pytest.mark.parametrize("drafts", ["oracle"] if ON_GPU_RUNNER else ["oracle", "random adapter"])
-def test_output_equals_plain_vllm(case, drafts, trees, tmp_path):
+def test_output_equals_plain_vllm(case, launched_rows, drafts, trees, tmp_path):
     model, adapter, plain = case
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     Ladder.fixed(TREES[trees]).save(tmp_path / "ladder.json")
     bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json")}
     with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
+        compiled = {*launched_rows, TREES[trees].first.num_rows}  # the second in vLLM's own warm-up
         outputs = generate(llm, make_requests())
+    assert {*launched_rows} <= compiled, "a kernel is compiled inside a request"
     for i, (ours, theirs) in enumerate(zip(outputs, plain, strict=True)):
         assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids), i
         assert ours.outputs[0].finish_reason == theirs.outputs[0].finish_reason

@@ -13,12 +13,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ON_GPU_RUNNER, reason="runs with --runner gpu"),
 ]
-FILES = [
-    Path(__file__).with_name(f"test_{name}.py") for name in ("gpu_runner", "structured_output")
-]
 
 
-def test_gpu_runner_and_structured_output():
+@pytest.mark.parametrize("name", ["gpu_runner", "structured_output", "shipped_sets"])
+def test_passes(name):
     try:
         overlay = vllm_0_33.overlay_dir()
     except subprocess.CalledProcessError:
@@ -32,7 +30,8 @@ def test_gpu_runner_and_structured_output():
         text=True,
     )
     assert asked.stdout.split() == [vllm_0_33.VERSION], asked.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "--runner", "gpu", *FILES]
+    file = Path(__file__).with_name(f"test_{name}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--runner", "gpu", file]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout[-3000:])
     assert done.returncode == 0
