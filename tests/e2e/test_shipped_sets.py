@@ -46,7 +46,7 @@ FREE: dict[str, tuple[int, dict[str, Any]]] = {
     "free": (28, {}),
     "top-p, seeded": (30, {"temperature": 0.9, "top_p": 0.8, "seed": 3}),
     "penalties": (5, {"repetition_penalty": 1.3, "presence_penalty": 0.5}),
-    "logprobs": (9, {"logprobs": 3}),
+    "logprobs": (29, {"logprobs": 3}),
     "seeded": (31, {"temperature": 1.0, "seed": 5}),
     "long prompt": (LONGEST, {}),
 }
