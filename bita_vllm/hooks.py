@@ -98,6 +98,11 @@ CPU_OVERRIDES = (
         "(self, load_dummy_weights=)",
     ),
     Hook(
+        f"{_RUNNER}.reload_weights",
+        "packed weights follow the new ones",
+        "(self, weights_iterator=, weights_path=, is_checkpoint_format=)",
+    ),
+    Hook(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         "gives a linear layer the product that it computes with",
         "(layer, remove_weight)",

@@ -31,6 +31,7 @@ from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import cpu_gains, packed_linear_layers
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
+from bita_vllm.runner.reload_cpu import renewed_products
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree_search import acceptance_table
@@ -96,6 +97,13 @@ class BitaCPUModelRunner(CPUModelRunner):
             pack_mask_lora,
             self.device,
         )
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Stock; packed weights and a tied output head follow the new weights."""
+        packs = self.speculative_config.packs_linear_layers
+        linear_layers = packed_linear_layers() if packs else nullcontext()
+        with linear_layers, renewed_products(self.model):
+            super().reload_weights(*args, **kwargs)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once

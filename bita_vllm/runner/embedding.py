@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,41 +11,34 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+# What this class is mixed into.
+_Embedding = VocabParallelEmbedding if TYPE_CHECKING else object
 
-class MaskEmbedding(nn.Module):
-    """The model's token embedding, and mask embeddings behind its last id."""
+
+class MaskEmbedding(_Embedding):
+    """Makes a token embedding read mask embeddings behind its last id.
+
+    It goes into the class of the model's own module: all parameters keep their names, by which vLLM and trainers
+    load new weights into a running engine, and which checkpoints are saved by.
+
+    Attributes:
+        mask_embeddings: `[k, H]`, a buffer.
+        first_mask_id: V.
+    """
 
     mask_embeddings: torch.Tensor
-
-    def __init__(
-        self,
-        tokens: nn.Module,
-        # [k, H]
-        mask_embeddings: torch.Tensor,
-        vocab_size: int,
-    ) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.vocab_size = vocab_size
-        self.register_buffer("mask_embeddings", mask_embeddings, persistent=False)
-
-    def __getattr__(self, name: str) -> Any:
-        # Gemma-2 and its like hand this module to the logits processor, as their output head.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("tokens"), name)
+    first_mask_id: int
 
     def forward(
         self,
-        # [rows]
+        # [rows], or [1, rows] in models of the Transformers backend
         input_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """`[rows]` ids -> `[rows, H]`."""
-        is_mask = input_ids >= self.vocab_size
-        embedded = self.tokens(input_ids.masked_fill(is_mask, 0))
-        index = (input_ids - self.vocab_size).clamp(0, len(self.mask_embeddings) - 1)
-        return torch.where(is_mask[:, None], self.mask_embeddings[index], embedded)
+        """`[..., H]` for ids of any shape."""
+        is_mask = input_ids >= self.first_mask_id
+        embedded = super().forward(input_ids.masked_fill(is_mask, 0))
+        index = (input_ids - self.first_mask_id).clamp(0, len(self.mask_embeddings) - 1)
+        return torch.where(is_mask.unsqueeze(-1), self.mask_embeddings[index], embedded)
 
 
 def insert_mask_embedding(
@@ -54,13 +47,13 @@ def insert_mask_embedding(
     mask_embeddings: torch.Tensor,
     vocab_size: int,
 ) -> None:
-    """Wrap the model's one input embedding; a tied output head keeps the original module.
+    """Let the model's one input embedding read mask embeddings; an output head tied to it stays as it is.
 
     Raises:
         ValueError: the model has no, or more than one, input embedding.
     """
     found = [
-        (parent, name, child)
+        child
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, VocabParallelEmbedding)
@@ -72,5 +65,10 @@ def insert_mask_embedding(
             f"bita needs a model with one token embedding (VocabParallelEmbedding), but "
             f"{type(model).__name__} has {len(found)}; this model is not supported."
         )
-    parent, name, child = found[0]
-    setattr(parent, name, MaskEmbedding(child, mask_embeddings.to(child.weight.dtype), vocab_size))
+    (embedding,) = found
+    embedding.register_buffer(
+        "mask_embeddings", mask_embeddings.to(embedding.weight.dtype), persistent=False
+    )
+    embedding.first_mask_id = vocab_size
+    stock = type(embedding)
+    embedding.__class__ = type(f"Mask{stock.__name__}", (MaskEmbedding, stock), {})
