@@ -10,7 +10,7 @@ one, 'ngram_gpu' on the V2 runner, which does not have to (vllm/config/{speculat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -364,7 +364,8 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
     yield f"diffusion models ({arch})", model.is_diffusion
     yield f"models with multi-axis rotary positions ({arch})", model.uses_mrope
     yield f"models without attention ({arch})", model.is_attention_free
-    yield f"hybrid or state-space models ({arch})", model.is_hybrid or model.has_inner_state
+    # A class for hybrids may hold attention layers only (Granite 4 dense): `is_hybrid` looks at the layers.
+    yield f"hybrid or state-space models ({arch})", model.is_hybrid
     yield f"multi-head latent attention ({arch})", model.use_mla
     yield f"chunked local attention ({arch})", model.attention_chunk_size is not None
     yield "prompt embeddings (enable_prompt_embeds)", model.enable_prompt_embeds
@@ -387,6 +388,8 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     yield feature, launcher == "external_launcher" and parallel.world_size > 1
     sharded = bool(parallel.enable_batch_sharded_sampling)
     yield "sampling in shards of the batch (enable_batch_sharded_sampling)", sharded
+    experts = c.aux_output_config.enable_return_routed_experts
+    yield "returned experts of a mixture (enable_return_routed_experts)", experts
     yield "text watermarking (watermark_config)", c.watermark_config is not None
     yield "KV connectors (kv_transfer_config)", c.kv_transfer_config is not None
     cache = c.cache_config
@@ -398,6 +401,21 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     yield "a KV cache quantised in some layers only (kv_cache_dtype_skip_layers)", skipped
     shared = cache.kv_sharing_fast_prefill
     yield "fast prefill over shared KV (kv_sharing_fast_prefill)", shared
+
+
+def refuse_prompt(vllm_config: VllmConfig, token_ids: Sequence[int]) -> str | None:
+    """Why a prompt cannot be served with bita, or None.
+
+    vLLM lets through what its tokenizer knows, and anything without a tokenizer; with bita, ids behind the
+    vocabulary are mask tokens.
+    """
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    if get_settings(vllm_config) is None or not token_ids:
+        return None
+    wrong = next((i for i in (min(token_ids), max(token_ids)) if not 0 <= i < vocab_size), None)
+    if wrong is None:
+        return None
+    return f"The prompt holds token id {wrong}, but the model's ids are 0 to {vocab_size - 1}."
 
 
 def refuse_request(params: SamplingParams) -> str | None:

@@ -91,6 +91,18 @@ def _validate_spec_decode(original: Function, self: Any, speculative_config: Any
         raise VLLMValidationError(reason)
 
 
+def _validate_model_input(
+    original: Function, self: Any, prompt_input: Any, prompt_type: Any
+) -> None:
+    original(self, prompt_input, prompt_type)
+    from bita_vllm.config import refuse_prompt
+
+    if reason := refuse_prompt(self.vllm_config, prompt_input.get("prompt_token_ids") or ()):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(reason)
+
+
 def _spec_decoding_prom(
     original: Function, self: Any, speculative_config: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -135,6 +147,12 @@ PATCHES = (
         "min_p and logit_bias work with bita; what does not is refused per request",
         "(self, speculative_config)",
         _validate_spec_decode,
+    ),
+    Hook(
+        "vllm.v1.engine.input_processor:InputProcessor._validate_model_input",
+        "ids behind the vocabulary are mask tokens: no prompt may hold them",
+        "(self, prompt_input, prompt_type)",
+        _validate_model_input,
     ),
     Hook(
         "vllm.v1.spec_decode.metrics:SpecDecodingProm.__init__",

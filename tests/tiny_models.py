@@ -47,6 +47,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 256, "word_embed_proj_dim": 128},  # learned positions with an offset
     "mixtral": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Served, and not trained in the tests.
+SERVED_ONLY: dict[str, dict[str, Any]] = {
+    # attention only, in a class for hybrids
+    "granitemoehybrid": {
+        **GATED,
+        "layer_types": ["attention"] * 3,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 256,
+        "position_embedding_type": "rope",
+    },
+    # in vLLM's Transformers backend
+    "olmo2": GATED,  # norms behind attention and MLP
+    "smollm3": {**GATED, "no_rope_layers": [1, 1, 0]},
+    "starcoder2": GATED,  # layer norms, biases, no gate
+    "gpt_neox": {"intermediate_size": 256},  # parallel MLP, fused qkv
+    "phi": GATED,  # rotary part of a head
+}
 
 
 def make_tiny_model(
@@ -58,7 +76,7 @@ def make_tiny_model(
     larger than an untrained model's, so that logits stand well apart and greedy outputs vary.
     """
     config = AutoConfig.for_model(
-        architecture, **{**COMMON, **ARCHITECTURES[architecture], **overrides}
+        architecture, **{**COMMON, **(ARCHITECTURES | SERVED_ONLY)[architecture], **overrides}
     )
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)

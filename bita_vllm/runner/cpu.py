@@ -72,7 +72,6 @@ class BitaCPUModelRunner(CPUModelRunner):
         acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
         self.choice = LineChoice(settings.ladder.template_sets, acceptance, torch.device("cpu"))
         self.vocab_size = self.model_config.get_vocab_size()
-        self._lines: dict[str, int] = {}
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None
         self._last_nodes: list[int] = []
@@ -120,13 +119,14 @@ class BitaCPUModelRunner(CPUModelRunner):
         A step without any block stays stock to its end.
         """
         last_rows, *_ = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        for request_id in scheduler_output.finished_req_ids:
-            self._lines.pop(request_id, None)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         # Stock sampling also draws for partial prefills, and rewinds their generators afterwards.
         if not drafts and not self.discard_request_mask.np[: self.input_batch.num_reqs].any():
             return last_rows, None, 1
-        lines = [self._lines[i] if i in drafts else NO_BLOCK for i in self.input_batch.req_ids]
+        requests: dict[str, Any] = self.requests
+        lines = [
+            requests[i].bita_line if i in drafts else NO_BLOCK for i in self.input_batch.req_ids
+        ]
         blocks = StepBlocks.build(
             self.table, np.array(lines, dtype=np.int64), num_scheduled_tokens.astype(np.int64)
         )
@@ -283,5 +283,8 @@ class BitaCPUModelRunner(CPUModelRunner):
             only_first=not chooses,
         ).numpy()
         drafts = upcoming.fill(self.table, line, top_tokens, self.vocab_size)
-        self._lines.update(zip(self.input_batch.req_ids, line.tolist(), strict=True))
+        # It lives with vLLM's state of the request, which ends in steps without rows, too.
+        requests: dict[str, Any] = self.requests
+        for request_id, own in zip(self.input_batch.req_ids, line.tolist(), strict=True):
+            requests[request_id].bita_line = own
         return drafts

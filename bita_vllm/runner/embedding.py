@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -11,11 +9,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-# What this class is mixed into.
-_Embedding = VocabParallelEmbedding if TYPE_CHECKING else object
 
-
-class MaskEmbedding(_Embedding):
+class MaskEmbedding:
     """Makes a token embedding read mask embeddings behind its last id.
 
     It goes into the class of the model's own module: all parameters keep their names, by which vLLM and trainers
@@ -36,7 +31,7 @@ class MaskEmbedding(_Embedding):
     ) -> torch.Tensor:
         """`[..., H]` for ids of any shape."""
         is_mask = input_ids >= self.first_mask_id
-        embedded = super().forward(input_ids.masked_fill(is_mask, 0))
+        embedded = super().forward(input_ids.masked_fill(is_mask, 0))  # type: ignore[misc]
         index = (input_ids - self.first_mask_id).clamp(0, len(self.mask_embeddings) - 1)
         return torch.where(is_mask.unsqueeze(-1), self.mask_embeddings[index], embedded)
 

@@ -14,7 +14,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -85,7 +85,8 @@ def put_in_adapter(
     insert_mask_embedding(model, adapter.mask_embeddings.to(device), vocab_size)
     added = adapter.mask_embeddings.nbytes
     rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
+    # Every layer with state between steps, of which only attention with a KV cache is known to bear blocks.
+    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
         _refuse_layer(name, layer, impl_cls)
         index = extract_layer_index(name)
         added += layer.impl.set_prompt_tokens(
@@ -147,10 +148,12 @@ def keep_through_sleep(model: nn.Module, *owners: Any) -> None:
     model.add_module("bita_tensors", module)
 
 
-def _refuse_layer(name: str, layer: Attention, impl_cls: Any) -> None:
-    impl = layer.impl
+def _refuse_layer(name: str, layer: Any, impl_cls: Any) -> None:
+    impl = getattr(layer, "impl", None)
     feature = None
-    if not isinstance(impl, impl_cls):
+    if impl is None:
+        feature = f"layers of type {type(layer).__name__}"
+    elif not isinstance(impl, impl_cls):
         feature = f"attention of type {type(impl).__name__}"
     elif impl.attn_type != AttentionType.DECODER:
         feature = f"attention of kind {impl.attn_type}"

@@ -481,6 +481,22 @@ def test_batch_sharded_sampling_is_refused(make):
     assert "enable_batch_sharded_sampling" in message
 
 
+def test_returned_experts_are_refused(make):
+    """A tree's rows are not the tokens that went out."""
+    config = make()
+    config.aux_output_config.enable_return_routed_experts = True
+    message = refused(lambda: check_engine(config, get_settings(config)))
+    assert "enable_return_routed_experts" in message
+
+
+def test_attention_only_models_in_a_class_for_hybrids_are_served(make, tiny_model):
+    layers = ["attention"] * 3
+    model = tiny_model("granitemoehybrid")
+    assert get_settings(make(model=str(model))) is not None
+    mixed = tiny_model("granitemoehybrid", layer_types=["mamba", *layers[1:]])
+    assert "hybrid or state-space models" in refused(lambda: make(model=str(mixed)))
+
+
 QUANTISED = sorted(name for name in get_args(CacheDType) if is_quantized_kv_cache(name))
 
 

@@ -1,0 +1,47 @@
+"""fp32, models that vLLM runs in another way: tokens are plain vLLM's; on both runners.
+
+Its Transformers backend, where ids come as [1, rows], and a dense Granite 4 in a class for hybrids. The adapters have
+low-rank deltas as large as the weights.
+"""
+
+import numpy as np
+import pytest
+from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
+from e2e.inspection import known, oracle, recorded_steps
+from vllm import SamplingParams
+
+pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
+OPTIONS = {"max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 96}
+TRANSFORMERS = ["olmo2", "smollm3", "starcoder2", "gpt_neox", "phi", "llama"]
+LAYERS = {"num_hidden_layers": 2}
+
+
+def requests():
+    rng = np.random.default_rng(4)
+    kinds = ({"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 0}) * 2
+    return [
+        (
+            rng.integers(3, 500, length).tolist(),
+            SamplingParams(max_tokens=12, ignore_eos=True, **kind),
+        )
+        for length, kind in zip((4, 30, 110, 17, 1, 9), kinds, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [*((name, "transformers") for name in TRANSFORMERS), ("granitemoehybrid", "vllm")],
+)
+def test_tokens_equal_plain_vllm(tiny_model, tmp_path, architecture, backend):
+    config = dict(LAYERS)
+    if architecture == "granitemoehybrid":
+        config["layer_types"] = ["attention"] * 2
+    model = tiny_model(architecture, **config)
+    adapter = make_adapter(model, tmp_path / "adapter", lora_rank=4)
+    options = {**OPTIONS, "model_impl": backend}
+    plain = run(model, requests(), **options)
+    bita = {"model": str(adapter), "tree": "2,1"}
+    with recorded_steps() as steps, oracle(known(plain)), engine(model, bita, **options) as llm:
+        outputs = generate(llm, requests())
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
