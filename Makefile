@@ -41,7 +41,7 @@ test: venv
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS)
 	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
 	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py gpu_faults.py gpu_suite.py \
-		request_features.py ladder.py template_sets.py shipped_sets.py tune.py structured_output.py tensor_parallel.py lossless_architectures.py) $(ARGS)
+		request_features.py ladder.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py tensor_parallel.py lossless_architectures.py) $(ARGS)
 
 quality: venv
 	$(BIN)/ruff format --check .
