@@ -48,11 +48,15 @@ def bita_rows(arm: Arm, concurrency: int) -> int | None:
     if arm.config.get("method") != "bita":
         return None
     from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
-    from bita_vllm.config import device_name
+    from bita_vllm.config import device_name, on_gpu
+    from bita_vllm.default_rows import Machine, default_ladder
     from bita_vllm.row_options import choose_ladder
 
     adapter = AdapterConfig.load(resolve_adapter_dir(arm.config["model"]))
-    _, ladder = choose_ladder(arm.config, adapter, device_name())
+    machine = Machine.here(on_gpu())
+    _, ladder = choose_ladder(
+        arm.config, adapter, device_name(), lambda: default_ladder(adapter, machine)
+    )
     return int(ladder.lookup(concurrency)[concurrency]) + 1
 
 

@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import __version__
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
+from bita_vllm.default_rows import Machine, default_ladder
 from bita_vllm.ladder import Ladder, ranges_of
 from bita_vllm.machine import cpu_name
 from bita_vllm.row_options import ConfigError, choose_ladder
@@ -192,7 +193,11 @@ def build_speculative_config(
     # All of it, not only its config: a bad adapter is refused before any worker starts.
     adapter = Adapter.load(adapter_dir, shape)
 
-    tree, ladder = choose_ladder(options, adapter_config, device_name())
+    def default() -> Ladder | None:
+        run = model_config, parallel_config, adapter.mask_lora is not None
+        return default_ladder(adapter_config, Machine.here(on_gpu()).serving(*run))
+
+    tree, ladder = choose_ladder(options, adapter_config, device_name(), default)
     settings = BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,

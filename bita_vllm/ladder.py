@@ -164,7 +164,8 @@ class Ladder:
 
     def describe(self) -> str:
         """For logs: rows by batch size, or the template set if it is the only one."""
-        if len(self.template_sets) == len(self.batch_sizes) == 1:
+        only = len(self.template_sets) == len(self.batch_sizes) == 1
+        if only and self.batch_sizes[0][2] != PLAIN_WIDTH:
             return self.template_sets[0].describe()
         return describe_ranges(self.batch_sizes)
 

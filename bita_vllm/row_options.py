@@ -1,8 +1,8 @@
-"""Which step blocks a run uses: the user's options about rows, the ladder beside the adapter, the default tree."""
+"""Which step blocks a run uses: the user's options about rows, the ladder beside the adapter, rows by rule."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,22 @@ class ConfigError(ValueError):
 
 
 def choose_ladder(
-    options: Mapping[str, Any], adapter: AdapterConfig, device: str
+    options: Mapping[str, Any],
+    adapter: AdapterConfig,
+    device: str,
+    default: Callable[[], Ladder | None],
 ) -> tuple[str, Ladder]:
-    """The tree as given, and the ladder: given, the adapter's own, or one template for every batch size.
+    """The tree as given, and the ladder: given, the adapter's own, by rule, or one template for every batch size.
 
-    `device` names the machine. Raises ConfigError, LadderError or TemplateError.
+    Args:
+        options: the user's.
+        adapter: whose trees they are.
+        device: name of the machine.
+        default: makes the ladder for a run that asks for nothing; None where there is none: then blocks have the
+            adapter's row budget.
+
+    Raises:
+        ValueError: ConfigError, LadderError or TemplateError.
     """
     given = options.get("ladder")
     budget, tree = options.get("num_speculative_tokens", AUTO), options.get("tree", AUTO)
@@ -43,7 +54,7 @@ def choose_ladder(
         )
     if given is not None:
         return AUTO, _named_ladder(given, adapter, device)
-    if not fixed and (ladder := _ladder_beside(adapter, device)) is not None:
+    if not fixed and (ladder := _ladder_beside(adapter, device) or default()) is not None:
         return AUTO, ladder
     tree, chosen = _choose_template(options, adapter)
     return tree, Ladder.fixed(chosen)

@@ -16,6 +16,7 @@ import vllm.model_executor.layers.utils as stock
 from bita_kernels.linear_cpu_naive import pack_linear, smallest_dtype
 from torch import nn
 
+from bita_vllm.machine import is_plain_avx2
 from bita_vllm.runner.loading import replaced
 
 
@@ -36,7 +37,7 @@ def packed_linear_layers() -> Iterator[None]:
 
 def cpu_gains() -> bool:
     """CPUs with AVX2 and no more: where it was measured."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return is_plain_avx2()
 
 
 def is_faster_packed(weight: torch.Tensor) -> bool:

@@ -49,6 +49,7 @@ def choose_ladder(
     budgets: Sequence[int] = BUDGETS,
     sets: Mapping[int, TemplateSet] | None = None,
     min_gain: float = MIN_GAIN,
+    most_rows: float = np.inf,
     provenance: dict[str, Any] | None = None,
 ) -> tuple[Ladder, list[Choice]]:
     """The ladder, and what is expected of each batch size from 1 to `max_batch_size`.
@@ -62,16 +63,23 @@ def choose_ladder(
         budgets: rows of the templates to choose from.
         sets: by row budget, where blocks are to choose among several trees.
         min_gain: a template has to promise so much more than plain decoding.
+        most_rows: of a step with blocks, over all requests.
         provenance: stored in the ladder.
     """
-    found = zip(budgets, best_templates(budgets, acceptance), strict=True)
-    candidates = [(sets or {}).get(budget) or TemplateSet((best,)) for budget, best in found]
+    by_budget = dict(sets or {})
+    missing = [budget for budget in budgets if budget not in by_budget]
+    if missing:
+        found = zip(missing, best_templates(missing, acceptance), strict=True)
+        by_budget |= {budget: TemplateSet((best,)) for budget, best in found}
+    candidates = [by_budget[budget] for budget in budgets]
     run = evaluate([Draft.of(one.first) for one in candidates], acceptance)
     lengths = run.accepted_length * np.array([one.gain for one in candidates])
     rows = rows_of(candidates, run.rows, padded)
     batch_sizes = range(1, max_batch_size + 1)
     seconds, plain = step_seconds(cost, rows, batch_sizes, context)
-    index, gain = fastest(gains_over_plain(lengths, seconds, plain), min_gain)
+    gains = gains_over_plain(lengths, seconds, plain)
+    gains[np.outer(rows, batch_sizes) > most_rows] = 0.0
+    index, gain = fastest(gains, min_gain)
     choices = [
         Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0)
         if i == PLAIN

@@ -141,6 +141,7 @@ class WidthPolicy:
         *,
         padded: bool = False,
         context: float = 512.0,
+        most_rows: float = np.inf,
         now: float | None = None,
     ) -> None:
         """
@@ -149,12 +150,13 @@ class WidthPolicy:
             acceptance: the adapter's statistics.
             cost: that the ladder was chosen by.
             padded: blocks always have R rows (GPU).
+            most_rows: of a step with blocks, over all requests.
             now: seconds on a clock of one's own (the simulator's), otherwise this machine's.
         """
         sets = ladder.template_sets
         self._widths = [*ladder.widths, PLAIN_WIDTH]  # by template, PLAIN last
         named = {width for *_, width in ladder.batch_sizes}
-        self._usable = np.array([width in named for width in ladder.widths])
+        usable = np.array([width in named for width in ladder.widths])
         self._plain_is_usable = PLAIN_WIDTH in named or not padded
         self._drafts = [Draft.of(one.first) for one in sets]
         self._gains = np.array([one.gain for one in sets])  # by choosing among the trees of a width
@@ -165,6 +167,8 @@ class WidthPolicy:
         run = evaluate(self._drafts, acceptance)
         rows = rows_of(sets, run.rows, padded)
         sizes = range(1, max_num_seqs + 1)
+        # [T, N] whether a batch size may have the template
+        self._usable = usable[:, None] & (np.outer(rows, sizes) <= most_rows)
         self.acceptance = Acceptance(sets, acceptance)
         self.cost = SeenCost(np.vstack(step_seconds(cost, rows, sizes, context)))
         self._template_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
@@ -233,9 +237,8 @@ class WidthPolicy:
         return changed
 
     def _choose(self, lengths: np.ndarray, seconds: np.ndarray, plain: np.ndarray) -> bool:
-        lengths = np.where(self._usable, lengths, 0.0)
         min_gain = MIN_GAIN if self._plain_is_usable else -1.0
-        gains = gains_over_plain(lengths, seconds, plain)
+        gains = np.where(self._usable, gains_over_plain(lengths, seconds, plain), 0.0)
         best, gain = fastest(gains, min_gain)
         current = np.array([self._widths.index(width) for width in self._table[1:]])
         kept = np.vstack([gains, np.ones_like(plain)])[current, np.arange(len(current))]
@@ -272,4 +275,5 @@ def policy_of(
     cost = MeasuredCost([tuple(point) for point in points])
     adapter = AdapterConfig.load(adapter_dir)
     acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
-    return WidthPolicy(ladder, acceptance, cost, max_num_seqs, padded=padded)
+    most_rows = ladder.provenance.get("most_rows", np.inf)
+    return WidthPolicy(ladder, acceptance, cost, max_num_seqs, padded=padded, most_rows=most_rows)
