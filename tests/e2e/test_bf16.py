@@ -51,7 +51,7 @@ def test_outputs_differ_only_within_bf16_rounding(embedded_model, record_propert
     ]
     options = {**OPTIONS, "threads": idle_threads()}
     plain = run(embedded_model, requests, **options)
-    bita = {"model": str(ADAPTER)}
+    bita = {"model": str(ADAPTER), "num_speculative_tokens": 15}
     with engine(embedded_model, bita, **options) as llm:
         outputs = generate(llm, requests)
     different = differences(lambda: engine(embedded_model, **options), requests, plain, outputs)

@@ -21,7 +21,7 @@ from vllm import SamplingParams
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ROOT / "tests" / "data" / "mt_bench_questions.jsonl"
 ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
-BITA = {"model": str(ADAPTER)}  # the tree by default: auto, 16 rows
+BITA = {"model": str(ADAPTER), "num_speculative_tokens": 15}  # the adapter's trees of 16 rows
 NUM_REQUESTS = 300
 OPTIONS = {
     "max_model_len": 1152,

@@ -34,6 +34,7 @@ def server(embedded_model, tmp_path_factory):
     flags = ["--max-model-len", "1024", "--max-num-seqs", "16"]
     flags += ["--kv-cache-memory-bytes", str(512 << 20)]
     flags += ["--speculative-method", "bita", "--speculative-model", str(ADAPTER)]
+    flags += ["--speculative-tokens", "15"]  # blocks of 16 rows at every load
     with running_server(embedded_model, MODEL, flags, tmp_path_factory.mktemp("server")) as server:
         yield server
 

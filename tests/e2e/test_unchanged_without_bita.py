@@ -117,7 +117,7 @@ def test_a_plain_run_is_the_same_with_and_without_the_plugin(probe, tiny_model):
 
 def test_bita_adds_less_than_64_mib_to_the_embedded_model(probe, embedded_model):
     """By its tensors, and by what the start-up line says."""
-    config = {"method": "bita", "model": str(ADAPTER)}
+    config = {"method": "bita", "model": str(ADAPTER), "num_speculative_tokens": 15}
     answer, log = probe(embedded_model, speculative_config=config)
     added = answer["worker"]["added"]
     assert all(added.values()), added

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import vllm.envs as envs
@@ -19,7 +20,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import config as bita_config
-from bita_vllm import plugin, row_options
+from bita_vllm import default_rows, plugin, row_options
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.config import check_engine, get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
@@ -75,12 +76,55 @@ def refused(build) -> str:
     return message
 
 
-def test_default_tree_fits_the_adapters_budget(make):
+def test_default_rows_follow_the_load(make, monkeypatch):
+    """Of whatever machine this is: never the same block at every load, plain beyond some load."""
+    for on_gpu in (False, True):
+        monkeypatch.setattr(bita_config, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        settings = get_settings(make())
+        assert settings.tree == "auto"
+        assert settings.num_speculative_tokens == settings.template.num_rows - 1
+        assert settings.template.max_depth >= 1
+        assert settings.num_mask_tokens == 3
+        widths = settings.ladder.lookup(512)[1:]
+        assert widths[-1] == 0
+        assert (np.diff(widths) <= 0).all()
+
+
+def test_default_rows_of_a_gpu_are_in_vllms_own_table(make, monkeypatch):
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    spec = make().speculative_config
+    table = spec.num_speculative_tokens_per_batch_size
+    assert table == list(spec.bita.ladder.batch_sizes)
+    assert len(table) > 1 and table[-1][2] == 0
+    assert max(width for *_, width in table) == spec.num_speculative_tokens
+
+
+def test_where_no_default_block_fits_blocks_have_the_adapters_row_budget(make, monkeypatch):
+    monkeypatch.setattr(bita_config, "default_ladder", lambda *args: None)
     settings = get_settings(make())
-    assert settings.tree == "auto"
+    assert settings.ladder.is_fixed
     assert settings.num_speculative_tokens == settings.template.num_rows - 1 <= 20
-    assert settings.template.max_depth >= 1
-    assert settings.num_mask_tokens == 3
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("options", [{"num_speculative_tokens": 11}, {"tree": "2,1"}], ids=str)
+def test_what_the_user_asks_for_is_one_block_at_every_load(make, monkeypatch, options, on_gpu):
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: on_gpu)
+    spec = make(options).speculative_config
+    assert spec.bita.ladder.is_fixed
+    assert spec.num_speculative_tokens_per_batch_size is None
+    assert set(spec.bita.ladder.lookup(512)[1:]) == {spec.num_speculative_tokens}
+
+
+def test_the_log_says_what_the_rule_chose(make, monkeypatch):
+    said = []
+    monkeypatch.setattr(default_rows.logger, "info", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    ladder = get_settings(make()).ladder
+    assert said[0].startswith("bita: no ladder for this machine; rows by load")
+    assert ladder.describe() in said[0] and "'bita tune' measures it" in said[0]
+    make({"tree": "2,1"})
+    assert len(said) == 1
 
 
 def test_row_budget_bounds_the_automatic_tree(make):
