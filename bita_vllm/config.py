@@ -108,6 +108,8 @@ class BitaSpeculativeConfig(SpeculativeConfig):
     """vLLM's speculative config for a run with bita; `bita` holds the settings."""
 
     bita: InstanceOf[BitaSettings] = None  # type: ignore[assignment]
+    # width -> requests of a step that a FULL graph of blocks is captured for; None: at the user's own sizes
+    graph_batches: dict[int, list[int]] | None = None
     packs_linear_layers: bool = False  # the CPU runner says so, before the model is compiled
 
     def __post_init__(self) -> None:

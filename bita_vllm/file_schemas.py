@@ -61,6 +61,7 @@ class LadderProvenanceSchema(_Schema):
     """What of a ladder's provenance is read again."""
 
     device: str | None = None
+    most_rows: float | None = Field(default=None, ge=0)
     step_seconds: list[StepSeconds] | None = Field(default=None, max_length=10_000)
 
 

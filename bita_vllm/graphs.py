@@ -1,12 +1,12 @@
-"""CUDA graph sizes that cover every width of step blocks at the batch sizes that use it.
+"""CUDA graphs of step blocks: for which batch sizes a width has them, and for which it may be chosen.
 
-vLLM stops at 512 rows of a step (1024 on some GPUs), which is 9 requests of the paper's tree; behind
-that a decode step would run without a graph. Source: VllmConfig._set_cudagraph_sizes (vllm/config/vllm.py).
+vLLM stops at 512 rows of a step (1024 on some GPUs), which is 9 requests of the paper's tree; a larger decode
+step would run without a graph. Source: VllmConfig._set_cudagraph_sizes (vllm/config/vllm.py).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
@@ -26,24 +26,39 @@ def user_chose_sizes(args: EngineArgs) -> bool:
 
 
 def cover_widths(vllm_config: VllmConfig) -> None:
-    """Add capture sizes until every decode batch that fits in a step has a FULL graph of its width."""
-    compilation = vllm_config.compilation_config
-    if not compilation.cudagraph_capture_sizes:
+    """Plan FULL graphs of blocks for every batch that may have them.
+
+    vLLM's own capture sizes stay as they are: they are those of plain steps, and of piecewise graphs.
+    """
+    if not vllm_config.compilation_config.cudagraph_capture_sizes:
         return
-    budget = vllm_config.scheduler_config.max_num_batched_tokens
-    sizes = set(compilation.cudagraph_capture_sizes)
-    for width, most in widest_batches(vllm_config).items():
-        rows = width + 1
-        sizes.update(n * rows for n in batch_sizes(min(most, budget // rows)))
-    compilation.cudagraph_capture_sizes = sorted(sizes)
-    compilation.max_cudagraph_capture_size = max(sizes)
-    compilation.post_init_cudagraph_sizes()
+    spec: Any = vllm_config.speculative_config
+    spec.graph_batches = {
+        width: batch_sizes(most) for width, most in most_requests(vllm_config).items() if width
+    }
 
 
-def widest_batches(vllm_config: VllmConfig) -> dict[int, int]:
-    """Width -> the most requests that are scheduled with it."""
+def most_requests(vllm_config: VllmConfig) -> dict[int, int]:
+    """Width -> the most requests of a step that may have it.
+
+    The table from batch size to width may change while serving (tuning/online.py). Its largest step, in rows, bounds
+    all widths: a step of more rows would cost more than any that was found to pay.
+    """
+    scheduler = vllm_config.scheduler_config
+    named = _widest_batches(vllm_config)
+    rows = max(n * (width + 1) for width, n in named.items())
+    rows = min(rows, scheduler.max_num_batched_tokens)
+    return {
+        width: min(scheduler.max_num_seqs, rows // (width + 1)) if width else scheduler.max_num_seqs
+        for width in named
+    }
+
+
+def _widest_batches(vllm_config: VllmConfig) -> dict[int, int]:
+    """Width -> the most requests that the table has it for."""
     most = vllm_config.scheduler_config.max_num_seqs
     width = vllm_config.num_speculative_tokens
+    assert vllm_config.speculative_config is not None
     schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
     if schedule is None:
         return {width: most}

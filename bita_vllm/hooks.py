@@ -240,6 +240,13 @@ GPU_OVERRIDES = (
         "addresses of the KV caches",
         "(self, kv_cache_config, is_profiling=, kv_cache_allocation_context=)",
     ),
+    Hook(f"{_V2_RUNNER}.shutdown", "addresses of the KV caches go with them", "(self)"),
+    Hook(
+        f"{_V2_RUNNER}.execute_model",
+        "which piecewise graphs a step replays",
+        "(self, scheduler_output, intermediate_tensors=, dummy_run=, skip_attn_for_dummy_run=, "
+        "is_profile=, context_len=, valid_dummy_state_slots=, randomize_inputs=)",
+    ),
     Hook(
         f"{_V2_RUNNER}.sample",
         "the walk, and the next blocks",
@@ -263,6 +270,19 @@ GPU_OVERRIDES = (
         f"{_V2}.cudagraph_utils:CudaGraphManager._init_candidates",
         "a FULL graph of its width for every decode batch",
         "(self)",
+    ),
+    Hook(
+        f"{_V2}.cudagraph_utils:ModelCudaGraphManager.capture",
+        "piecewise graphs with deltas, and without",
+        "(self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups, "
+        "kv_cache_config, pcp_manager=, has_lora=, use_aux_hidden_state_outputs=, lora_capture_hook=, "
+        "progress_bar_desc=)",
+    ),
+    Hook(
+        f"{_V2}.cudagraph_utils:CudaGraphManager.dispatch",
+        "piecewise graphs with deltas, and without",
+        "(self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len=, "
+        "num_ubatches=)",
     ),
     Hook(
         f"{_V2_RUNNER}.sample_tokens",
@@ -352,26 +372,66 @@ GPU_OVERRIDES = (
         "(self, layer, key, value, kv_cache, slot_mapping)",
     ),
     Hook(
+        f"{_TRITON_ATTENTION}:TritonAttentionMetadataBuilder.__init__",
+        "metadata of requests without blocks",
+        "(self, kv_cache_spec, layer_names, vllm_config, device)",
+    ),
+    Hook(
         f"{_TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build",
-        "metadata of step blocks",
+        "metadata of requests without blocks",
         "(self, common_prefix_len, common_attn_metadata, fast_build=)",
+    ),
+    Hook(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build_for_cudagraph_capture",
+        "a FULL graph holds blocks only, or none",
+        "(self, common_attn_metadata)",
+    ),
+    Hook(
+        "vllm.v1.attention.backend:AttentionImplBase.get_impl_variants",
+        "FlashAttention's metadata follows the windows of all layers",
+        "(self)",
+    ),
+    Hook(
+        f"{_V2}.model_states.interface:ModelSpecificAttnMetadata.get_extra_attn_kwargs",
+        "tells the metadata builders where a step splits",
+        "(self, attn_metadata_builder, num_reqs)",
+    ),
+    Hook(
+        f"{_V2}.model_runner:sort_batch_req_ids",
+        "requests with blocks come first in a step",
+        "(num_tokens_per_req, draft_tokens, decode_query_len)",
     ),
     Hook("vllm.forward_context:get_forward_context", "whether a step holds blocks", "()"),
 )
 
-# Not needed to serve: where one does not hold, prefill stays in vLLM's Triton attention.
-PREFILL_HOOKS = (
+# Not needed to serve: where one does not hold, rows of no block stay in vLLM's Triton attention.
+PLAIN_HOOKS = (
     Hook(
         f"{_FLASH_ATTENTION}:FlashAttentionImpl.__init__",
-        "prefill in FlashAttention",
+        "prefill and plain decoding in FlashAttention",
         "(self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, "
         "kv_cache_dtype, logits_soft_cap=, attn_type=, kv_sharing_target_layer_name=, sinks=)",
     ),
     Hook(
         f"{_FLASH_ATTENTION}:FlashAttentionImpl.forward",
-        "prefill in FlashAttention",
+        "prefill and plain decoding in FlashAttention",
         "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=, "
         "output_block_scale=)",
+    ),
+    Hook(
+        f"{_FLASH_ATTENTION}:FlashAttentionImpl.do_kv_cache_update",
+        "writes the KV cache as plain vLLM does",
+        "(self, layer, key, value, kv_cache, slot_mapping)",
+    ),
+    Hook(
+        f"{_FLASH_ATTENTION}:FlashAttentionMetadataBuilder.__init__",
+        "metadata of prefill and plain decoding",
+        "(self, kv_cache_spec, layer_names, vllm_config, device)",
+    ),
+    Hook(
+        f"{_FLASH_ATTENTION}:FlashAttentionMetadataBuilder.build",
+        "metadata of prefill and plain decoding",
+        "(self, common_prefix_len, common_attn_metadata, fast_build=)",
     ),
     Hook(
         "vllm.v1.attention.backend:AttentionBackend.validate_configuration",

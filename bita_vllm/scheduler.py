@@ -20,6 +20,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from bita_vllm import config
 from bita_vllm.config import get_settings
 from bita_vllm.grammar import BlockGrammar
+from bita_vllm.graphs import most_requests
 from bita_vllm.token_budget import leave_out_blocks, prefill_tokens, within_budget
 from bita_vllm.tree import TemplateTable
 from bita_vllm.tuning.online import policy_of
@@ -64,7 +65,11 @@ class _BlockScheduler(Scheduler):
         if stock is not None or not config.on_gpu():
             self._use_table(settings.ladder.lookup(max_num_seqs).tolist())
         self._policy = policy_of(
-            settings.ladder, settings.adapter_dir, max_num_seqs, padded=config.on_gpu()
+            settings.ladder,
+            settings.adapter_dir,
+            max_num_seqs,
+            padded=config.on_gpu(),
+            most_requests=most_requests(self.vllm_config) if config.on_gpu() else None,
         )
         self._last_decode = (0, 0.0)  # requests, end of the last step if it did nothing but decode
 

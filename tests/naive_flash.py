@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's `flash_attn_varlen_func`, whose kernels need CUDA: its signature, naive arithmetic."""
+"""Stand-ins for vLLM's FlashAttention 3, whose kernels need CUDA: its signatures, naive arithmetic."""
 
 from __future__ import annotations
 
@@ -6,32 +6,65 @@ import importlib.util
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+import v2_on_cpu
 import vllm
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends import flash_attn
 
 
-def vllms_signature() -> inspect.Signature:
+def put_in_flash_attention(patch: pytest.MonkeyPatch) -> NaiveFlash:
+    """vLLM's FlashAttention backend runs here, as on a Hopper GPU, and bita takes it; it also takes fp32."""
+    from bita_vllm.attention import plain
+
+    naive = NaiveFlash()
+    here = SimpleNamespace(get_device_capability=lambda: DeviceCapability(9, 0))
+    patch.setattr(plain, "current_platform", here)
+    patch.setattr(flash_attn, "get_flash_attn_version", lambda **layer: 3)
+    patch.setattr(flash_attn.FlashAttentionBackend, "supported_dtypes", [torch.float32])
+    patch.setattr(flash_attn, "flash_attn_varlen_func", naive, raising=False)
+    patch.setattr(flash_attn, "get_scheduler_metadata", naive.schedule, raising=False)
+    patch.setattr(flash_attn, "reshape_and_cache_flash", v2_on_cpu.write_kv, raising=False)
+    return naive
+
+
+def vllms_signature(name: str) -> inspect.Signature:
     """The real function's, from its file: the package around it does not import without CUDA."""
     path = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
     spec = importlib.util.spec_from_file_location("flash_attn_interface", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return inspect.signature(module.flash_attn_varlen_func)
+    return inspect.signature(getattr(module, name))
 
 
 class NaiveFlash:
-    """Callable in its place; `calls` holds the arguments of every call, by name."""
+    """Callable in place of `flash_attn_varlen_func`; `calls` holds the arguments of every call, by name.
+
+    `schedules` holds those of `get_scheduler_metadata`.
+    """
 
     # what a causal call over pages may leave at its default only
-    UNUSED = ("alibi_slopes", "dropout_p", "q_v", "scheduler_metadata", "cu_seqlens_k", "output_scale",
-              "mask_mod", "block_sparse_tensors", "aux_tensors", "dynamic_causal", "cp_world_size")  # fmt: skip
+    UNUSED = ("alibi_slopes", "dropout_p", "q_v", "cu_seqlens_k", "output_scale", "mask_mod",
+              "block_sparse_tensors", "aux_tensors", "dynamic_causal", "cp_world_size")  # fmt: skip
 
     def __init__(self) -> None:
-        self.signature = vllms_signature()
+        self.signature = vllms_signature("flash_attn_varlen_func")
+        self._schedule = vllms_signature("get_scheduler_metadata")
         self.calls: list[dict[str, Any]] = []
+        self.schedules: list[dict[str, Any]] = []
+
+    def schedule(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Numbers that say which call made them, as many as FlashAttention 3 makes."""
+        bound = self._schedule.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.schedules.append(bound.arguments)
+        size = 1 + -(-bound.arguments["batch_size"] // 4) * 16
+        return torch.full((size,), len(self.schedules), dtype=torch.int32)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         bound = self.signature.bind(*args, **kwargs)

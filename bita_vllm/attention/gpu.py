@@ -1,12 +1,10 @@
-"""GPU attention backend: vLLM's Triton backend, with tree attention in steps that hold blocks.
+"""GPU attention backend: tree attention for requests with blocks, vLLM's own kernels for all others.
 
-KV layout, cache writes and metadata are stock (vllm/v1/attention/backends/triton_attn.py), so steps
-without blocks run in vLLM's own kernels: prefill in FlashAttention where it fits (prefill.py).
+KV layout is stock (vllm/v1/attention/backends/triton_attn.py), and FlashAttention's too (plain.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,42 +12,20 @@ import triton
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.tree_attention import Workspace, tree_attention
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadata,
-    TritonAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backend import AttentionImplBase, AttentionLayer
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from bita_vllm.attention import prefill
+from bita_vllm.attention.gpu_metadata import BlockMetadata, StepMetadata, StepMetadataBuilder
 from bita_vllm.config import FP8_CACHES
-from bita_vllm.runner.gpu_trees import StepTrees
 
-if TYPE_CHECKING:  # it does not import everywhere
+if TYPE_CHECKING:
+    # it does not import everywhere
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    from bita_vllm.runner.gpu_trees import StepTrees
 
 PROGRAMS_PER_PROCESSOR = 2
 MAX_WORKSPACE_BYTES = 2**28
-
-
-@dataclass
-class TreeTritonMetadata(TritonAttentionMetadata):
-    """Stock metadata plus the step's trees.
-
-    Attributes:
-        trees: None if every row is causal.
-        may_have_mask_rows: False if the step has none, and no graph of it will replay with some.
-    """
-
-    trees: StepTrees | None = None
-    may_have_mask_rows: bool = True
-
-
-class TreeTritonMetadataBuilder(TritonAttentionMetadataBuilder):
-    """Stock metadata in a class that has room for the trees."""
-
-    def build(self, *args: Any, **kwargs: Any) -> TreeTritonMetadata:
-        return TreeTritonMetadata(**vars(super().build(*args, **kwargs)))
 
 
 class TreeTritonAttentionBackend(TritonAttentionBackend):
@@ -60,12 +36,12 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
         return TreeTritonAttentionImpl
 
     @staticmethod
-    def get_builder_cls() -> type[TreeTritonMetadataBuilder]:
-        return TreeTritonMetadataBuilder
+    def get_builder_cls() -> type[StepMetadataBuilder]:  # type: ignore[override]
+        return StepMetadataBuilder
 
 
 class TreeTritonAttentionImpl(TritonAttentionImpl):
-    """One layer: stock for steps without blocks, tree attention for the others."""
+    """One layer: tree attention for the rows of blocks, stock for all others."""
 
     takes_sinks = True
     quantised_caches = FP8_CACHES
@@ -75,7 +51,7 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     config: AttentionConfig
     # shared by all layers of a shape; None: the longest sequence is one split
     workspace: Workspace | None = None
-    # for prefill; None: Triton
+    # for rows of no block; None: Triton
     flash: FlashAttentionImpl | None = None
 
     def set_prompt_tokens(
@@ -88,6 +64,10 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         """Keep the layer's prompt tokens; returns their bytes."""
         self.prompt_keys, self.prompt_values = keys.contiguous(), values.contiguous()
         return self.prompt_keys.nbytes + self.prompt_values.nbytes
+
+    def get_impl_variants(self) -> tuple[AttentionImplBase, ...]:
+        """Also vLLM's FlashAttention: its metadata builder reads the windows of all layers there."""
+        return (self,) if self.flash is None else (self, self.flash)
 
     def _workspace_for(
         self, num_requests: int, trees: StepTrees, max_seq_len: int
@@ -102,6 +82,20 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         """Tree attention writes the model's dtype; vLLM quantises the output in an operation of its own."""
         return False
 
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Stock, of the backend that plain vLLM would take: both write the same bytes."""
+        if self.flash is not None:
+            self.flash.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        else:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -109,30 +103,42 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: TreeTritonMetadata | None,
+        attn_metadata: StepMetadata | None,  # type: ignore[override]
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As TritonAttentionImpl.forward: query `[rows, Hq, D]`, writes and returns output."""
-        if attn_metadata is None or attn_metadata.trees is None:
-            if attn_metadata is not None and attn_metadata.max_query_len > 1 and self.flash:
-                return prefill.attend(
-                    self.flash, layer, query, key, value, kv_cache, attn_metadata, output
-                )
-            return super().forward(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                output_scale,
-                output_block_scale,
-            )
-        trees, rows = attn_metadata.trees, attn_metadata.num_actual_tokens
-        num_requests = len(attn_metadata.seq_lens)
+        if attn_metadata is None:  # the profile run
+            return output.fill_(0)
+        plain_query, plain_output = query, output
+        if (blocks := attn_metadata.blocks) is not None:
+            self._attend_blocks(layer, query, kv_cache, blocks, output)
+            if attn_metadata.plain is None:
+                return output
+            plain_query, plain_output = query[blocks.num_rows :], output[blocks.num_rows :]
+        plain: Any = attn_metadata.plain
+        # Keys and values are read from the cache.
+        given = (layer, plain_query, key, value, kv_cache, plain, plain_output)
+        if attn_metadata.in_flash:
+            assert self.flash is not None
+            self.flash.forward(*given, output_scale, output_block_scale)
+        else:
+            super().forward(*given, output_scale, output_block_scale)
+        return output
+
+    def _attend_blocks(
+        self,
+        layer: Any,
+        # [rows, Hq, D]
+        query: torch.Tensor,
+        # [num_blocks, Hkv, block_size, 2 * D]
+        kv_cache: torch.Tensor,
+        blocks: BlockMetadata,
+        # Output. [rows, Hq, D]
+        output: torch.Tensor,
+    ) -> None:
+        trees, rows, num_requests = blocks.trees, blocks.num_rows, len(blocks.seq_lens)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         scales: dict[str, Any] = {}  # one fp32 number each
         if self.kv_cache_dtype in FP8_CACHES:
@@ -145,25 +151,24 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
             query[:rows],
             key_cache,
             value_cache,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            trees.line[:num_requests],
+            blocks.block_table,
+            blocks.query_start,
+            blocks.seq_lens,
+            blocks.line,
             trees.table,
             self.prompt_keys,
             self.prompt_values,
             output[:rows].view(rows, self.num_heads, self.head_size),
             scale=self.scale,
             config=self.config,
-            max_query_len=attn_metadata.max_query_len,
-            max_seq_len=attn_metadata.max_seq_len,
+            max_query_len=blocks.max_query_len,
+            max_seq_len=blocks.max_seq_len,
             window=self.sliding_window[0] + 1,
             softcap=self.logits_soft_cap,
             sinks=self.sinks,
             **scales,
-            workspace=self._workspace_for(num_requests, trees, attn_metadata.max_seq_len),
+            workspace=self._workspace_for(num_requests, trees, blocks.max_seq_len),
         )
-        return output
 
 
 class SharedWorkspaces:

@@ -20,7 +20,8 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.worker.gpu import model_runner as v2
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
@@ -36,7 +37,8 @@ from bita_vllm.attention.gpu import (
     TreeTritonAttentionBackend,
     TreeTritonAttentionImpl,
 )
-from bita_vllm.attention.prefill import flash_attention
+from bita_vllm.attention.gpu_metadata import StepSplit
+from bita_vllm.attention.plain import flash_attention
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
@@ -62,10 +64,14 @@ class BitaGPUWorker(Worker):
 
 
 class BitaModelState(DefaultModelState):
-    """Positions of the tree, and the step's trees for the attention layers."""
+    """Positions of the tree, and the step's trees for the attention layers.
+
+    Attributes:
+        captures_deltas: whether the piecewise graph that is captured will replay in steps with blocks.
+    """
 
     trees: StepTrees
-    max_captured: int  # rows of the largest CUDA graph
+    captures_deltas = False
 
     def prepare_attn(
         self,
@@ -75,19 +81,17 @@ class BitaModelState(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Stock metadata with the step's trees in it; positions become tree depths.
+        """Metadata of blocks and of all other rows (`gpu_metadata.py`); positions become tree depths.
 
-        A graph is captured with trees: what they are it reads from their persistent buffers.
+        Which lines blocks have a graph reads from a persistent buffer.
         """
-        trees = self.trees
-        trees.begin(input_batch, block_tables)
+        self.trees.begin(input_batch, block_tables)
+        kwargs["model_specific_attn_metadata"] = StepSplit.of(input_batch, cudagraph_mode)
         metadata = super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
-        has_trees = input_batch.num_draft_tokens > 0 or kwargs.get("for_capture", False)
-        # vLLM captures piecewise graphs, which may replay with trees, in steps without.
-        may_be_captured = input_batch.num_tokens_after_padding <= self.max_captured
-        for shared in metadata.values():
-            shared.trees = trees if has_trees else None
-            shared.may_have_mask_rows = has_trees or may_be_captured
+        for shared in {id(each): each for each in metadata.values()}.values():
+            if shared.blocks is not None:
+                shared.blocks.take(self.trees)
+            shared.may_have_mask_rows = shared.blocks is not None or self.captures_deltas
         return metadata
 
 
@@ -97,6 +101,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
     attention_backend = AttentionBackendEnum.TRITON_ATTN
     model_state: BitaModelState
     speculator: BlockSpeculator
+    cudagraph_manager: WidthGraphManager | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         settings = get_settings(vllm_config)
@@ -175,7 +180,6 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             vllm_config.parallel_config.tensor_parallel_size,
             vllm_config.model_config.get_vocab_size(),
         )
-        state.max_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         return state
 
     def _attention_config(self, impl: TreeTritonAttentionImpl) -> AttentionConfig:
@@ -187,18 +191,38 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             self.max_model_len,
         )
 
-    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Stock, then the addresses of every layer's cache, for the moves."""
-        with replaced(v2, "ModelCudaGraphManager", WidthGraphManager):
-            super().initialize_kv_cache(*args, **kwargs)
-        context = self.compilation_config.static_forward_context
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        """Stock, then the addresses of every layer's cache, for the moves.
+
+        Views keep a cache's memory, so there are none of vLLM's profiling cache, which goes before the real one comes.
+        """
         self.layer_caches = []
+        with replaced(v2, "ModelCudaGraphManager", WidthGraphManager):
+            super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        if is_profiling:
+            return
+        context = self.compilation_config.static_forward_context
         for group in self.kv_cache_config.kv_cache_groups:
             caches = [
                 context[name].kv_cache.transpose(1, 2).chunk(2, dim=-1)
                 for name in group.layer_names
             ]
             self.layer_caches.append(LayerCaches.of(*zip(*caches, strict=True)))
+
+    def shutdown(self) -> None:
+        """Stock; our views of the KV caches would keep their memory."""
+        self.layer_caches = []
+        super().shutdown()
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Stock; the graph manager knows whether the step has blocks."""
+        if self.cudagraph_manager is not None:
+            self.cudagraph_manager.step_has_blocks = bool(
+                scheduler_output.scheduled_spec_decode_tokens
+            )
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """Profile with the most logits that a step holds at once, copied to fp32 as for sampling parameters."""

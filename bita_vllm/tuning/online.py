@@ -8,7 +8,7 @@ longer renewed fades back to what the ladder expects, so a width that lost is tr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,6 +140,7 @@ class WidthPolicy:
         max_num_seqs: int,
         *,
         padded: bool = False,
+        most_requests: Mapping[int, int] | None = None,
         context: float = 512.0,
         most_rows: float = np.inf,
         now: float | None = None,
@@ -151,6 +152,8 @@ class WidthPolicy:
             cost: that the ladder was chosen by.
             padded: blocks always have R rows (GPU).
             most_rows: of a step with blocks, over all requests.
+            most_requests: width -> the most requests that it may be chosen for (GPU: beyond, it has no CUDA graph);
+                None: no bound.
             now: seconds on a clock of one's own (the simulator's), otherwise this machine's.
         """
         sets = ladder.template_sets
@@ -167,8 +170,10 @@ class WidthPolicy:
         run = evaluate(self._drafts, acceptance)
         rows = rows_of(sets, run.rows, padded)
         sizes = range(1, max_num_seqs + 1)
+        bounds = most_requests or {}
+        may_have = [np.array(sizes) <= bounds.get(width, max_num_seqs) for width in ladder.widths]
         # [T, N] whether a batch size may have the template
-        self._usable = usable[:, None] & (np.outer(rows, sizes) <= most_rows)
+        self._usable = usable[:, None] & (np.outer(rows, sizes) <= most_rows) & np.array(may_have)
         self.acceptance = Acceptance(sets, acceptance)
         self.cost = SeenCost(np.vstack(step_seconds(cost, rows, sizes, context)))
         self._template_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
@@ -266,7 +271,11 @@ def lines_of(templates: TemplateSet) -> int:
 
 
 def policy_of(
-    ladder: Ladder, adapter_dir: str, max_num_seqs: int, padded: bool
+    ladder: Ladder,
+    adapter_dir: str,
+    max_num_seqs: int,
+    padded: bool,
+    most_requests: Mapping[int, int] | None = None,
 ) -> WidthPolicy | None:
     """For a ladder of several widths that knows what its steps cost; None for any other: it stays as it is."""
     points: Any = ladder.provenance.get("step_seconds")
@@ -275,5 +284,12 @@ def policy_of(
     cost = MeasuredCost([tuple(point) for point in points])
     adapter = AdapterConfig.load(adapter_dir)
     acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
-    most_rows = ladder.provenance.get("most_rows", np.inf)
-    return WidthPolicy(ladder, acceptance, cost, max_num_seqs, padded=padded, most_rows=most_rows)
+    return WidthPolicy(
+        ladder,
+        acceptance,
+        cost,
+        max_num_seqs,
+        padded=padded,
+        most_requests=most_requests,
+        most_rows=ladder.provenance.get("most_rows", np.inf),
+    )

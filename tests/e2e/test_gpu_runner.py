@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from bita_vllm import config as bita_config
-from bita_vllm.attention import prefill
+from bita_vllm.attention import plain
 from bita_vllm.runner.loading import attention_backend
 
 pytestmark = [

@@ -22,10 +22,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from bita_vllm import patches, plugin
 from bita_vllm.config import ConfigError
 from bita_vllm.doctor import check_source, compare_signatures, source_node, source_signatures
-from bita_vllm.hooks import PREFILL_HOOKS
+from bita_vllm.hooks import PLAIN_HOOKS
 
 SIGNATURES = Path(__file__).parents[1] / "data" / "vllm_0_33_signatures.json"
-HOOKS = patches.PATCHES + patches.OVERRIDES + PREFILL_HOOKS
+HOOKS = patches.PATCHES + patches.OVERRIDES + PLAIN_HOOKS
 # abstract class of vLLM -> ours
 SUBCLASSES = {
     "vllm.v1.outputs:AsyncModelRunnerOutput": "bita_vllm.runner.gpu:BlockOutput",

@@ -1,10 +1,9 @@
-"""Prefill in FlashAttention where vLLM has it for a layer: it reads the KV cache as the Triton backend lays it out.
+"""Rows of no block in FlashAttention where vLLM has it for a layer, as plain vLLM does: prefill and plain decoding.
 
-Both take `[num_blocks, Hkv, block_size, 2 * D]` in any strides, blocks of a multiple of 16 slots, a step's
-keys and values written before attention (vllm/v1/attention/backends/{triton_attn,flash_attn}.py, the same in
-0.32 and 0.33). So a step without blocks may run in vLLM's own FlashAttentionImpl, with what the Triton backend
-prepared. A FULL CUDA graph never holds it: those are captured with trees (`BitaModelState.prepare_attn`); a
-piecewise one leaves attention out. So it needs no scheduler metadata in buffers that a graph reads.
+It reads and writes the KV cache as the Triton backend lays it out: both take `[num_blocks, Hkv, block_size, 2 * D]`
+in any strides, blocks of a multiple of 16 slots, a step's keys and values written before attention
+(vllm/v1/attention/backends/{triton_attn,flash_attn}.py, the same in 0.32 and 0.33). Metadata is FlashAttention's own
+(`gpu_metadata.py`), with its scheduler metadata and splits, in FULL graphs and outside.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from bita_vllm.hooks import PREFILL_HOOKS
+from bita_vllm.hooks import PLAIN_HOOKS
 from bita_vllm.patches import check_installed
 
 if TYPE_CHECKING:  # it does not import everywhere
@@ -33,7 +32,7 @@ VERSIONS = (2, 3)
 def flash_attention(
     impl: TritonAttentionImpl, dtype: torch.dtype, block_size: int
 ) -> FlashAttentionImpl | None:
-    """vLLM's FlashAttention for prefill in a layer; None where it does not fit, or might not.
+    """vLLM's FlashAttention for the rows of no block in a layer; None where it does not fit, or might not.
 
     Args:
         impl: the layer's own attention; its weights (sinks) are loaded.
@@ -45,10 +44,12 @@ def flash_attention(
         flash = _flash_attention(impl)
         version = flash.vllm_flash_attn_version
         if version in VERSIONS:
-            logger.info_once("bita: prefill in FlashAttention %s.", version)
+            logger.info_once("bita: prefill and plain decoding in FlashAttention %s.", version)
             return flash
         reason = f"its version here is {version}"
-    logger.info_once("bita: prefill in Triton attention, not in FlashAttention: %s.", reason)
+    logger.info_once(
+        "bita: prefill and plain decoding in Triton attention, not in FlashAttention: %s.", reason
+    )
     return None
 
 
@@ -91,7 +92,7 @@ def _reasons_against(
     except (ImportError, OSError) as error:
         yield str(error)
         return
-    yield from map(str, check_installed(PREFILL_HOOKS))
+    yield from map(str, check_installed(PLAIN_HOOKS))
     yield from FlashAttentionBackend.validate_configuration(
         head_size=impl.head_size,
         dtype=dtype,
@@ -106,38 +107,3 @@ def _reasons_against(
         attn_type=impl.attn_type,
         has_sliding_window=impl.sliding_window[0] >= 0,
     )
-
-
-def attend(
-    flash: FlashAttentionImpl,
-    layer: torch.nn.Module,
-    # [rows, Hq, D]
-    query: torch.Tensor,
-    # [rows, Hkv, D]
-    key: torch.Tensor,
-    # [rows, Hkv, D]
-    value: torch.Tensor,
-    # [num_blocks, Hkv, block_size, 2 * D]
-    kv_cache: torch.Tensor,
-    metadata: TritonAttentionMetadata,
-    # Output. [rows, Hq, D]
-    output: torch.Tensor,
-) -> torch.Tensor:
-    """As TritonAttentionImpl.forward for causal rows; writes and returns output.
-
-    One split of the context, as vLLM asks for where results must not depend on the batch.
-    """
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
-
-    shared = FlashAttentionMetadata(
-        num_actual_tokens=metadata.num_actual_tokens,
-        max_query_len=metadata.max_query_len,
-        query_start_loc=metadata.query_start_loc,
-        max_seq_len=metadata.max_seq_len,
-        seq_lens=metadata.seq_lens,
-        block_table=metadata.block_table,
-        slot_mapping=metadata.slot_mapping,
-        max_num_splits=1,
-        causal=metadata.causal,
-    )
-    return flash.forward(layer, query, key, value, kv_cache, shared, output)
