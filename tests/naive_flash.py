@@ -75,6 +75,7 @@ class NaiveFlash:
             assert given[name] == default, name
         assert given["causal"] is True
         self.calls.append(given)
+        self._check_schedule(given)
         out = given["out"]
         starts, lengths = given["cu_seqlens_q"].tolist(), given["seqused_k"].tolist()
         assert len(starts) == len(lengths) + 1 == len(given["block_table"]) + 1
@@ -84,6 +85,18 @@ class NaiveFlash:
             assert length <= given["max_seqlen_k"]
             out[rows] = self._attend(given, given["q"][rows], request, length)
         return out
+
+    def _check_schedule(self, given: dict[str, Any]) -> None:
+        """FlashAttention 3 gets the metadata of this very step."""
+        metadata = given["scheduler_metadata"]
+        if metadata is None:
+            return
+        schedule = self.schedules[int(metadata[0]) - 1]
+        assert schedule["batch_size"] == len(given["seqused_k"])
+        assert schedule["cache_seqlens"] is given["seqused_k"]
+        assert schedule["cu_seqlens_q"] is given["cu_seqlens_q"]
+        for name in ("max_seqlen_q", "max_seqlen_k", "num_splits"):
+            assert schedule[name] == given[name], name
 
     @staticmethod
     def _attend(

@@ -21,7 +21,10 @@ OURS = (str(ROOT / "bita_vllm"), str(ROOT / "kernels"), "bita_kernels")
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__", "__int__")
 METHODS += ("__float__", "__index__", "__array__")
 # Tensors that live on the host by design: file and function.
-HOST_TENSORS = {("gpu_targets.py", "of"), ("gpu_metadata.py", "of")}  # input_batch.seq_lens_cpu_upper_bound
+HOST_TENSORS = {
+    ("gpu_targets.py", "of"),
+    ("gpu_metadata.py", "of"),
+}  # input_batch.seq_lens_cpu_upper_bound
 aten = torch.ops.aten
 READS = {
     aten._local_scalar_dense.default,

@@ -6,7 +6,6 @@ low-rank deltas, with logits in parts, and without a wait for the device.
 """
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,16 +13,14 @@ import torch
 from e2e.device_reads import OURS, device_reads
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
 from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
-from naive_flash import NaiveFlash
+from naive_flash import put_in_flash_attention
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backends import flash_attn, triton_attn
+from vllm.v1.attention.backends import triton_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from bita_vllm import config as bita_config
-from bita_vllm.attention import plain
 from bita_vllm.runner.loading import attention_backend
 
 pytestmark = [
@@ -179,12 +176,7 @@ def test_tokens_equal_plain_v2_with_prefill_in_flash_attention(tiny_model, tmp_p
     adapter = make_adapter(model, tmp_path / "adapter")
     options = {**OPTIONS, "max_num_seqs": 1, "num_gpu_blocks_override": 16}
     plain = run(model, requests(3, max_tokens=6), **options)
-    naive = NaiveFlash()
-    here = SimpleNamespace(get_device_capability=lambda: DeviceCapability(9, 0))
-    monkeypatch.setattr(prefill, "current_platform", here)
-    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **layer: 3)
-    monkeypatch.setattr(flash_attn.FlashAttentionBackend, "supported_dtypes", [torch.float32])
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", naive, raising=False)
+    naive = put_in_flash_attention(monkeypatch)
     bita = {"model": str(adapter), "tree": "3,2"}
     with recorded_steps() as steps, engine(model, bita, **options) as llm:
         layers = list(runner_of(llm).compilation_config.static_forward_context.values())

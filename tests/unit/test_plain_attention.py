@@ -1,4 +1,4 @@
-"""Which layers hand their prefill to FlashAttention: those that vLLM's own gates let in, and no other."""
+"""Which layers hand rows of no block to FlashAttention: those that vLLM's own gates let in, and no other."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,9 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from bita_vllm.attention import prefill
+from bita_vllm.attention import plain
 from bita_vllm.attention.gpu import TreeTritonAttentionImpl
+from bita_vllm.attention.gpu_metadata import StepMetadata
 
 LAYER = {
     "num_heads": 4,
@@ -33,14 +34,14 @@ def choose(monkeypatch):
     def factory(dtype=torch.bfloat16, block_size=16, capability=(9, 0), version=3, **layer):
         device = None if capability is None else DeviceCapability(*capability)
         here = SimpleNamespace(get_device_capability=lambda: device)
-        monkeypatch.setattr(prefill, "current_platform", here)
+        monkeypatch.setattr(plain, "current_platform", here)
         monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **options: version)
         sinks = version in (3, 4)
         monkeypatch.setattr(flash_attn, "is_flash_attn_varlen_func_available", lambda: True)
         monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: sinks, raising=False)
         said = []
-        monkeypatch.setattr(prefill.logger, "info_once", lambda text, *a: said.append(text % a))
-        found = prefill.flash_attention(SimpleNamespace(**{**LAYER, **layer}), dtype, block_size)
+        monkeypatch.setattr(plain.logger, "info_once", lambda text, *a: said.append(text % a))
+        found = plain.flash_attention(SimpleNamespace(**{**LAYER, **layer}), dtype, block_size)
         assert len(said) == 1
         return found, said[0]
 
@@ -95,34 +96,57 @@ DOUBTS = {
 
 
 @pytest.mark.parametrize(("layer", "fact"), DOUBTS.values(), ids=DOUBTS)
-def test_any_doubt_leaves_prefill_in_triton(choose, layer, fact):
+def test_any_doubt_leaves_plain_rows_in_triton(choose, layer, fact):
     flash, said = choose(**layer)
     assert flash is None
     assert fact in said and "Triton" in said
 
 
-@pytest.mark.parametrize(
-    ("max_query_len", "where"), [(None, "Triton"), (1, "Triton"), (2, "FlashAttention")]
-)
-def test_only_prefill_runs_in_flash_attention(monkeypatch, max_query_len, where):
-    """Not profiling, nor plain decoding, which Triton splits along the context."""
+@pytest.mark.parametrize("in_flash", [False, True])
+@pytest.mark.parametrize("num_block_rows", [None, 4])
+def test_all_rows_but_those_of_blocks_run_in_vllms_own_backend(
+    monkeypatch, in_flash, num_block_rows
+):
+    calls = []
     impl = TreeTritonAttentionImpl.__new__(TreeTritonAttentionImpl)
-    impl.flash = object()
-    monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *given: "Triton")
-    monkeypatch.setattr(prefill, "attend", lambda flash, *given: "FlashAttention")
-    metadata = None
-    if max_query_len is not None:
-        metadata = SimpleNamespace(trees=None, max_query_len=max_query_len)
-    assert impl.forward(None, None, None, None, None, metadata, None) == where
+    flash = SimpleNamespace(forward=lambda layer, *given: calls.append(("FlashAttention", given)))
+    impl.flash = flash if in_flash else None
+
+    def in_triton(self, layer, *given):
+        calls.append(("Triton", given))
+
+    def blocks_run(self, layer, query, kv_cache, blocks, output):
+        calls.append(("blocks", (blocks.num_rows,)))
+
+    monkeypatch.setattr(TritonAttentionImpl, "forward", in_triton)
+    monkeypatch.setattr(TreeTritonAttentionImpl, "_attend_blocks", blocks_run)
+    blocks = None if num_block_rows is None else SimpleNamespace(num_rows=num_block_rows)
+    query, output, own = torch.zeros(9, 1, 16), torch.zeros(9, 1, 16), object()
+    metadata = StepMetadata(blocks, own, in_flash)
+    assert impl.forward(None, query, None, None, None, metadata, output) is output
+    assert [name for name, _ in calls] == ["blocks"] * (blocks is not None) + [
+        "FlashAttention" if in_flash else "Triton"
+    ]
+    _, (plain_query, _, _, _, plain_metadata, plain_output, *_) = calls[-1]
+    first = num_block_rows or 0
+    assert plain_metadata is own
+    assert plain_query.data_ptr() == query[first:].data_ptr() and len(plain_query) == 9 - first
+    assert plain_output.data_ptr() == output[first:].data_ptr() and len(plain_output) == 9 - first
 
 
-def test_batch_invariance_leaves_prefill_in_triton(choose, monkeypatch):
-    monkeypatch.setattr(prefill.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+def test_profile_run_computes_nothing():
+    impl = TreeTritonAttentionImpl.__new__(TreeTritonAttentionImpl)
+    output = torch.ones(3, 1, 16)
+    assert impl.forward(None, None, None, None, None, None, output) is output and not output.any()
+
+
+def test_batch_invariance_leaves_plain_rows_in_triton(choose, monkeypatch):
+    monkeypatch.setattr(plain.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
     flash, said = choose()
     assert flash is None and "VLLM_BATCH_INVARIANT" in said
 
 
-def test_flash_attention_that_does_not_import_leaves_prefill_in_triton(choose, monkeypatch):
+def test_flash_attention_that_does_not_import_leaves_plain_rows_in_triton(choose, monkeypatch):
     monkeypatch.delattr(flash_attn, "FlashAttentionBackend")
     flash, said = choose()
     assert flash is None and "FlashAttentionBackend" in said
@@ -153,10 +177,12 @@ def test_call_reads_the_cache_that_the_triton_backend_wrote(choose, monkeypatch,
         causal=True,
     )
     output = torch.full((9, 4, 64), float("nan"))
-    result = prefill.attend(flash, layer, query, None, None, cache, metadata, output)
+    scheduled = {"scheduler_metadata": None, "max_num_splits": 0}
+    shared = flash_attn.FlashAttentionMetadata(**vars(metadata), **scheduled)
+    result = flash.forward(layer, query, None, None, cache, shared, output)
     assert result is output and output[8].isnan().all()
     (call,) = naive.calls
-    assert (call["num_splits"], call["fa_version"]) == (1, 3)
+    assert (call["num_splits"], call["fa_version"]) == (0, 3)
     for request, (first, length) in enumerate(((15, 20), (0, 3))):
         for row in range(first, length):
             slots = torch.arange(max(0, row - 6), row + 1)
