@@ -7,6 +7,7 @@ attention. Prefill chunks and plain decoding get the metadata of vLLM's own buil
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,10 @@ class StepMetadataBuilder(AttentionMetadataBuilder[StepMetadata]):
             from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
             builder = FlashAttentionMetadataBuilder
-        self.plain = builder(kv_cache_spec, layer_names, vllm_config, device)
+        # With drafts, vLLM 0.33's Triton backend makes room for queries of several rows, and may split them otherwise.
+        without_drafts = copy.copy(vllm_config)
+        without_drafts.speculative_config = None
+        self.plain = builder(kv_cache_spec, layer_names, without_drafts, device)
 
     def build(
         self,
