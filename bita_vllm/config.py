@@ -111,6 +111,9 @@ class BitaSpeculativeConfig(SpeculativeConfig):
     # width -> requests of a step that a FULL graph of blocks is captured for; None: at the user's own sizes
     graph_batches: dict[int, list[int]] | None = None
     packs_linear_layers: bool = False  # the CPU runner says so, before the model is compiled
+    traces_blocks: bool = (
+        True  # False: of the CPU runner's form of the model for steps without blocks
+    )
 
     def __post_init__(self) -> None:
         """What vLLM does for its own method of that name, without a warning or a lookup."""
@@ -133,7 +136,8 @@ class BitaSpeculativeConfig(SpeculativeConfig):
         How they lie in memory is this version's.
         """
         bita = self.bita
-        ours = METHOD, __version__, bita.num_mask_tokens, bita.mask_lora, self.packs_linear_layers
+        ours = METHOD, __version__, bita.num_mask_tokens, bita.mask_lora
+        ours = *ours, self.packs_linear_layers, self.traces_blocks
         factors = (super().compute_hash(), *ours)
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 

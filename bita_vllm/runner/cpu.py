@@ -13,10 +13,10 @@ import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
 from bita_kernels import cpu_kernels
 from bita_kernels.add_mask_lora_cpu_naive import pack_mask_lora
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.outputs import SamplerOutput
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner, _set_global_compilation_settings
 
 from bita_vllm.adapter import AdapterConfig
 from bita_vllm.attention.cpu import (
@@ -28,6 +28,7 @@ from bita_vllm.attention.cpu import (
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.ladder import PLAIN_WIDTH
 from bita_vllm.line_choice import LineChoice, probabilities_of
+from bita_vllm.runner.block_form import block_form, plain_config
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import cpu_gains, packed_linear_layers
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
@@ -84,10 +85,12 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.speculative_config.packs_linear_layers = packs
         linear_layers = packed_linear_layers() if packs else nullcontext()
         tree_attention = attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend)
-        with linear_layers, tree_attention:
+        as_plain = replaced(self, "vllm_config", plain_config(self.vllm_config, packs))
+        with linear_layers, tree_attention, as_plain:
             super().load_model(load_dummy_weights)
+        self._block_model = block_form(self.model, self.vllm_config)
         self._step_mask_rows = put_in_adapter(
-            self.model,
+            self._block_model,
             self.vllm_config,
             self.settings,
             TreeCPUAttentionImpl,
@@ -104,6 +107,30 @@ class BitaCPUModelRunner(CPUModelRunner):
         with linear_layers, renewed_products(self.model):
             super().reload_weights(*args, **kwargs)
 
+    def warming_up_model(self) -> None:
+        """Stock, for both forms of the model: nothing is compiled while requests wait."""
+        super().warming_up_model()
+        if self.compilation_config.mode != CompilationMode.NONE:
+            with (
+                replaced(self, "model", self._block_model),
+                _set_global_compilation_settings(self.vllm_config),
+            ):
+                self._dummy_run(self.max_num_tokens, is_profile=True)
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Stock; a step with no blocks in it or behind it is plain vLLM's, to which there is no drafter."""
+        self._blocks = self._walk = None
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        is_plain = not drafts and scheduler_output.num_spec_tokens_to_schedule == PLAIN_WIDTH
+        self.speculative_config = None if is_plain else self.vllm_config.speculative_config
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._has_blocks():
+            return super()._model_forward(*args, **kwargs)
+        with replaced(self, "model", self._block_model):
+            return super()._model_forward(*args, **kwargs)
+
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once
         # than requests.
@@ -118,7 +145,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         Mask rows come along behind them when all are few; else only the chosen groups', after the walk.
         A step without any block stays stock to its end.
         """
-        last_rows, *_ = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        with replaced(self, "speculative_config", None):  # stock's layout of draft rows is not ours
+            last_rows, *_ = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         # Stock sampling also draws for partial prefills, and rewinds their generators afterwards.
         if not drafts and not self.discard_request_mask.np[: self.input_batch.num_reqs].any():
@@ -144,12 +172,15 @@ class BitaCPUModelRunner(CPUModelRunner):
         """Stock metadata, with the step's blocks in it."""
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
         blocks = self._blocks
-        if blocks is not None and (blocks.line >= 0).any():
+        if blocks is not None and self._has_blocks():
             context_len = self.input_batch.num_computed_tokens_cpu[: len(blocks.line)]
             for layer_names in self._metadata_groups(metadata):
                 shared = metadata[layer_names[0]]
                 shared.tree = TreeMetadata(blocks, context_len, shared.block_table)
         return metadata, common
+
+    def _has_blocks(self) -> bool:
+        return self._blocks is not None and bool((self._blocks.line >= 0).any())
 
     @staticmethod
     def _metadata_groups(metadata: dict[str, Any]) -> list[list[str]]:
@@ -163,8 +194,7 @@ class BitaCPUModelRunner(CPUModelRunner):
 
         In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
         """
-        blocks = self._blocks
-        has_blocks = blocks is not None and bool((blocks.line >= 0).any())
+        blocks, has_blocks = self._blocks, self._has_blocks()
         self._grammar = grammar_output if has_blocks else None
         output = super().sample_tokens(None if has_blocks else grammar_output)
         if output is not None and blocks is not None:
@@ -228,6 +258,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         # (stock rewinds by an offset that CPU generators do not have).
         generators = self.input_batch.generators
         discarded = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        if not len(discarded):
+            return super()._bookkeeping_sync(*args, **kwargs)
         kept = {int(i): generators.pop(int(i)) for i in discarded if int(i) in generators}
         try:
             return super()._bookkeeping_sync(*args, **kwargs)
