@@ -136,9 +136,9 @@ class BitaSpeculativeConfig(SpeculativeConfig):
         How they lie in memory is this version's.
         """
         bita = self.bita
-        ours = METHOD, __version__, bita.num_mask_tokens, bita.mask_lora
-        ours = *ours, self.packs_linear_layers, self.traces_blocks
-        factors = (super().compute_hash(), *ours)
+        adapter = METHOD, __version__, bita.num_mask_tokens, bita.mask_lora
+        form = self.packs_linear_layers, self.traces_blocks
+        factors = (super().compute_hash(), *adapter, *form)
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 
     def __repr__(self) -> str:

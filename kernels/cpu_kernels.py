@@ -1,4 +1,4 @@
-"""`torch.ops.bita.{tree_attention_cpu, add_mask_lora_cpu, linear_cpu}`: C++, built for this machine once.
+"""`torch.ops.bita.{tree_attention_cpu, add_mask_lora_cpu, linear_cpu, linear_bf16_cpu}`: C++, built once a machine.
 
 Without a C++ compiler they are their twins in torch, with a warning: the same results, more slowly.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive
+from bita_kernels.linear_bf16_cpu_naive import linear_bf16_cpu_naive
 from bita_kernels.linear_cpu_naive import linear_cpu_naive
 from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from torch.utils import cpp_extension
@@ -65,6 +66,13 @@ OPERATIONS = {
         linear_cpu_naive,
         lambda x, packed, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
     ),
+    "linear_bf16_cpu": (
+        "(Tensor x, Tensor packed, Tensor? bias, int out_features, Tensor? packed_a=None, "
+        "Tensor? packed_b=None, Tensor? part_of_panel=None, Tensor? mask_rows=None, "
+        "Tensor? num_mask_rows=None) -> Tensor",
+        linear_bf16_cpu_naive,
+        lambda x, packed, bias, out_features, *deltas: x.new_empty(*x.shape[:-1], out_features),
+    ),
 }
 
 logger = logging.getLogger("vllm.bita")
@@ -92,7 +100,14 @@ def register() -> bool:
         for name, (_, twin, _) in OPERATIONS.items():
             _library.impl(name, twin, "CPU")
         return False
+    if not has_bf16_products():
+        _library.impl("linear_bf16_cpu", linear_bf16_cpu_naive, "CPU")
     return True
+
+
+def has_bf16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 as `linear_bf16_cpu` does it: with AVX512-BF16."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def build(folder: Path) -> Path:

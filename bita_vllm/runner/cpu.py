@@ -5,7 +5,7 @@ Source of the hooks: vllm/v1/worker/{cpu_worker,cpu_model_runner,gpu_model_runne
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,13 @@ from bita_vllm.ladder import PLAIN_WIDTH
 from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.block_form import block_form, plain_config
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
-from bita_vllm.runner.linear_cpu import cpu_gains, packed_linear_layers
+from bita_vllm.runner.linear_cpu import (
+    blocks_gain,
+    cpu_gains,
+    layers_packed_for_blocks,
+    multiply_packed,
+    packed_linear_layers,
+)
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.reload_cpu import renewed_products
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
@@ -81,9 +87,12 @@ class BitaCPUModelRunner(CPUModelRunner):
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
-        packs = cpu_kernels.register() and cpu_gains()
-        self.speculative_config.packs_linear_layers = packs
-        linear_layers = packed_linear_layers() if packs else nullcontext()
+        has_kernels = cpu_kernels.register()
+        packs, packs_for_blocks = has_kernels and cpu_gains(), has_kernels and blocks_gain()
+        self.speculative_config.packs_linear_layers = packs or packs_for_blocks
+        linear_layers: AbstractContextManager[None] = nullcontext()
+        if packs or packs_for_blocks:
+            linear_layers = packed_linear_layers() if packs else layers_packed_for_blocks()
         tree_attention = attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend)
         as_plain = replaced(self, "vllm_config", plain_config(self.vllm_config, packs))
         with linear_layers, tree_attention, as_plain:
@@ -99,6 +108,7 @@ class BitaCPUModelRunner(CPUModelRunner):
             pack_mask_lora,
             self.device,
         )
+        multiply_packed(self._block_model)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Stock; packed weights and a tied output head follow the new weights."""

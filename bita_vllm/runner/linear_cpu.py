@@ -3,6 +3,9 @@
 vLLM gives every unquantised linear layer and output head on a CPU a `cpu_linear`, oneDNN's product. On a CPU without
 AVX-512 it takes twice the time that memory needs for one row, and twice as long for 16; ours: docs/kernels.md.
 Source: dispatch_cpu_unquantized_gemm (vllm/model_executor/layers/utils.py).
+
+On a CPU with AVX512-BF16, layers in bfloat16 keep oneDNN's product in plain steps, which are plain vLLM's; steps with
+blocks, whose model is a form of its own (block_form.py), multiply weights packed for them.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.utils as stock
-from bita_kernels.linear_cpu_naive import pack_linear, smallest_dtype
+from bita_kernels.cpu_kernels import has_bf16_products
+from bita_kernels.linear_bf16_cpu_naive import pack_deltas_bf16, pack_linear_bf16
+from bita_kernels.linear_cpu_naive import pack_linear, smallest_dtype, unpack_linear
 from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 
 from bita_vllm.machine import is_plain_avx2
 from bita_vllm.runner.loading import replaced
+from bita_vllm.runner.mask_lora import MaskLoraMethod
 
 
 @contextmanager
@@ -62,3 +69,80 @@ def pack(layer: Any, remove_weight: bool) -> None:
         return torch.ops.bita.linear_cpu(x, layer.packed_weight, bias, out_features)
 
     layer.cpu_linear = linear
+
+
+def blocks_gain() -> bool:
+    """CPUs with AVX512-BF16 and without AMX, whose tiles oneDNN takes: where it was measured."""
+    return has_bf16_products() and not torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def layers_packed_for_blocks() -> Iterator[None]:
+    """Layers in bfloat16 whose weights are processed inside keep them packed for steps with blocks, too."""
+    dispatch = stock.dispatch_cpu_unquantized_gemm
+
+    def pack_and_dispatch(layer: Any, remove_weight: bool) -> None:
+        if can_pack_for_blocks(layer.weight):
+            packed = pack_linear_bf16(layer.weight.detach())
+            layer.register_buffer("block_weight", packed, persistent=False)
+            layer.block_out_features = len(layer.weight)
+        dispatch(layer, remove_weight)
+
+    with replaced(stock, "dispatch_cpu_unquantized_gemm", pack_and_dispatch):
+        yield
+
+
+def can_pack_for_blocks(weight: torch.Tensor) -> bool:
+    """Layers in bfloat16 with an even number of inputs, which the product takes two by two."""
+    is_layer = weight.ndim == 2 and not weight.is_meta
+    return is_layer and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+
+
+class BlockLinearMethod(LinearMethodBase):
+    """A layer's product with its packed weights, and its delta for mask rows in the same pass."""
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("the layer's weights are loaded")
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As LinearMethodBase.apply: x `[..., in]`."""
+        out_features: Any = layer.block_out_features
+        deltas: Any = layer.block_deltas
+        return torch.ops.bita.linear_bf16_cpu(x, layer.block_weight, bias, out_features, *deltas)
+
+
+def multiply_packed(
+    # the form for steps with blocks, its deltas in it
+    model: nn.Module,
+) -> None:
+    """Its linear layers that have packed weights multiply with those."""
+    for layer in model.modules():
+        if not isinstance(layer, LinearBase) or not hasattr(layer, "block_weight"):
+            continue
+        lora, layer.block_deltas = layer.quant_method, ()
+        if isinstance(lora, MaskLoraMethod):
+            deltas = packed_deltas(layer)
+            if deltas is None:
+                lora.stock = BlockLinearMethod()
+                continue
+            layer.block_deltas = (*deltas, layer.mask_rows, layer.num_mask_rows)
+            del layer.mask_lora_a, layer.mask_lora_b
+        layer.quant_method = BlockLinearMethod()
+
+
+def packed_deltas(
+    # with the deltas of put_in_mask_lora
+    layer: Any,
+) -> tuple[torch.Tensor, ...] | None:
+    """A, B and the part of each panel, as `linear_bf16_cpu` takes them; None if it cannot."""
+    parts, rank = layer.mask_lora_parts, layer.mask_lora_b.shape[1]
+    if layer.mask_lora_a.shape[1] % 2:
+        return None
+    lora_b = torch.zeros(layer.block_out_features, rank)
+    sizes = [end - first for first, end in parts.tolist()]
+    panels = layer.mask_lora_b.split([-(-size // layer.mask_lora_b.shape[2]) for size in sizes])
+    for (first, end), of_part in zip(parts.tolist(), panels, strict=True):
+        lora_b[first:end] = unpack_linear(of_part, end - first)
+    return pack_deltas_bf16(unpack_linear(layer.mask_lora_a, len(parts) * rank), lora_b, parts)
