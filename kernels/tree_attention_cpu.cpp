@@ -1,5 +1,6 @@
 // Tree attention over vLLM's paged KV cache. Its twin in torch: tree_attention_cpu_naive.py. Built by cpu_kernels.py.
-// All arithmetic is in fp32. No result depends on what else is in the step.
+// All arithmetic is in fp32 (bfloat16 on CPUs with AVX512-BF16: tree_attention_bf16_cpu.cpp). No result depends on what
+// else is in the step.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "tree_attention_bf16_cpu.h"
 
 namespace {
 
@@ -235,6 +237,12 @@ void tree_attention_cpu(const at::Tensor& query, const at::Tensor& kv_cache, con
               "tree_attention_cpu: query, out, kv_cache and block_table must be contiguous in their last dimension");
   TORCH_CHECK(out.scalar_type() == query.scalar_type() && kv_cache.scalar_type() == query.scalar_type(),
               "tree_attention_cpu: query, kv_cache and out must have one dtype");
+#ifdef __AVX512BF16__
+  if (takes_tree_attention_bf16(kv_cache))
+    return tree_attention_bf16(query, kv_cache, block_table, first_row, num_rows, context_len, line, depth, ancestors,
+                               mask_index, prompt_keys, prompt_values, out, static_cast<float>(scale),
+                               static_cast<float>(softcap), window);
+#endif
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "tree_attention_cpu", [&] {
     tree_attention<scalar_t>(query, kv_cache, block_table, first_row, num_rows, context_len, line, depth, ancestors,
                              mask_index, prompt_keys, prompt_values, out, static_cast<float>(scale),
