@@ -1,4 +1,4 @@
-"""`torch.ops.bita.{tree_attention_cpu, add_mask_lora_cpu, linear_cpu, linear_bf16_cpu}`: C++, built once a machine.
+"""`torch.ops.bita.*_cpu` (see OPERATIONS): C++, built for this machine once.
 
 Without a C++ compiler they are their twins in torch, with a warning: the same results, more slowly.
 """
@@ -20,6 +20,8 @@ import torch
 from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive
 from bita_kernels.linear_bf16_cpu_naive import linear_bf16_cpu_naive
 from bita_kernels.linear_cpu_naive import linear_cpu_naive
+from bita_kernels.move_kv_cpu_naive import move_kv_cpu_naive
+from bita_kernels.top_tokens_cpu_naive import top_tokens_cpu_naive
 from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from torch.utils import cpp_extension
 
@@ -46,7 +48,7 @@ def no_result(*arguments: Any) -> None:
 
 
 # name: (arguments, twin, what torch.compile traces in its place); what the arguments are stands in the twins
-OPERATIONS = {
+OPERATIONS: dict[str, tuple[str, Any, Any]] = {
     "tree_attention_cpu": (
         "(Tensor query, Tensor kv_cache, Tensor block_table, Tensor first_row, Tensor num_rows, "
         "Tensor context_len, Tensor line, Tensor depth, Tensor ancestors, Tensor mask_index, "
@@ -72,6 +74,16 @@ OPERATIONS = {
         "Tensor? num_mask_rows=None) -> Tensor",
         linear_bf16_cpu_naive,
         lambda x, packed, bias, out_features, *deltas: x.new_empty(*x.shape[:-1], out_features),
+    ),
+    "move_kv_cpu": (
+        "(Tensor(a!)[] kv_caches, Tensor source, Tensor target) -> ()",
+        move_kv_cpu_naive,
+        no_result,
+    ),
+    "top_tokens_cpu": (
+        "(Tensor logits, Tensor rows, int k) -> (Tensor, Tensor)",
+        top_tokens_cpu_naive,
+        lambda logits, rows, k: (rows.new_empty(len(rows), k), logits.new_empty(len(rows), k)),
     ),
 }
 

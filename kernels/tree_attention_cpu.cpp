@@ -8,13 +8,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "exponential.h"
 #include "lanes.h"
 #include "tree_attention_bf16_cpu.h"
 
@@ -25,23 +25,6 @@ constexpr int kQueries = 8;     // query heads x rows of a task
 constexpr int kTile = 4;        // of them, in registers at once
 constexpr int kBeside = 2 * kLanes;  // floats in registers beside each
 constexpr int64_t kChunk = 64;  // KV slots scored at once
-
-// e^x for x <= 0 within 2 units in the last place, in operations that compilers make vectors of.
-inline float exp_of(float x) {
-  const float clamped = std::max(x, -87.0f);
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // its low bits are the nearest integer, n
-  const float n = shifted - 12582912.0f;
-  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float e = r * (1.0f / 5040) + 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + (127u << 23));
-  return x < -87.0f ? 0.0f : e * power;
-}
 
 // to[i][0..kBeside) += sum over k of a[i][k] * b[k][0..kBeside), for N values of i.
 template <int N>
@@ -158,8 +141,9 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
   const int32_t* depths = depth.const_data_ptr<int32_t>();
   const bool* sees_row = ancestors.const_data_ptr<bool>();
   const int32_t* masks = mask_index.const_data_ptr<int32_t>();
-  const float* prompt_k = prompt_keys.const_data_ptr<float>();
-  const float* prompt_v = prompt_values.const_data_ptr<float>();
+  const at::Tensor prompt_k_floats = prompt_keys.to(at::kFloat), prompt_v_floats = prompt_values.to(at::kFloat);
+  const float* prompt_k = prompt_k_floats.const_data_ptr<float>();
+  const float* prompt_v = prompt_v_floats.const_data_ptr<float>();
   const T* q = query.const_data_ptr<T>();
   const T* cache = kv_cache.const_data_ptr<T>();
   const int32_t* pages = block_table.const_data_ptr<int32_t>();

@@ -26,9 +26,9 @@ def tree_attention_cpu_naive(
     ancestors: torch.Tensor,
     # [lines, R] int32, -1 for node rows; mask rows see the prompt tokens
     mask_index: torch.Tensor,
-    # [Hkv, D, P] fp32
+    # [Hkv, D, P] fp32, or as the cache
     prompt_keys: torch.Tensor,
-    # [Hkv, P, D] fp32
+    # [Hkv, P, D] fp32, or as the cache
     prompt_values: torch.Tensor,
     # [rows, Hq, D], written
     out: torch.Tensor,

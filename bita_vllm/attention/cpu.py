@@ -83,7 +83,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
 
     takes_sinks = False
     quantised_caches: tuple[str, ...] = ()
-    # Set once after loading: [Hkv, D, P] and [Hkv, P, D], fp32
+    # Set once after loading: [Hkv, D, P] and [Hkv, P, D], in what the kernel computes in
     prompt_keys: torch.Tensor
     prompt_values: torch.Tensor
 
@@ -140,22 +140,3 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 self.sliding_window,
             )
         return output
-
-
-def move_rows(
-    kv_caches: list[torch.Tensor],
-    head_size: int,
-    # [M] slots: block * block_size + offset
-    source: torch.Tensor,
-    target: torch.Tensor,
-) -> None:
-    """Move accepted rows to their slots in every layer; reads come before writes, so moves may overlap."""
-    for kv_cache in kv_caches:
-        num_blocks, heads, block_size, _ = kv_cache.shape
-        pages = kv_cache.view(num_blocks, heads, 2, -1)
-        keys = pages[:, :, 0].view(num_blocks, heads, head_size, block_size)
-        values = pages[:, :, 1].view(num_blocks, heads, block_size, head_size)
-        from_block, from_offset = source // block_size, source % block_size
-        to_block, to_offset = target // block_size, target % block_size
-        keys[to_block, :, :, to_offset] = keys[from_block, :, :, from_offset]
-        values[to_block, :, to_offset] = values[from_block, :, from_offset]

@@ -23,11 +23,10 @@ from bita_vllm.attention.cpu import (
     TreeCPUAttentionBackend,
     TreeCPUAttentionImpl,
     TreeMetadata,
-    move_rows,
 )
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.ladder import PLAIN_WIDTH
-from bita_vllm.line_choice import LineChoice, probabilities_of
+from bita_vllm.line_choice import LineChoice
 from bita_vllm.runner.block_form import block_form, plain_config
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import (
@@ -63,6 +62,8 @@ class BitaCPUWorker(cpu_worker.CPUWorker):
 class BitaCPUModelRunner(CPUModelRunner):
     """Runs one step block a request: the model verifies the last drafts and makes the next ones."""
 
+    model: Any  # the form of it that the step runs
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         settings = get_settings(vllm_config)
         assert settings is not None
@@ -97,18 +98,21 @@ class BitaCPUModelRunner(CPUModelRunner):
         as_plain = replaced(self, "vllm_config", plain_config(self.vllm_config, packs))
         with linear_layers, tree_attention, as_plain:
             super().load_model(load_dummy_weights)
+        self._plain_model = self.model
         self._block_model = block_form(self.model, self.vllm_config)
         self._step_mask_rows = put_in_adapter(
             self._block_model,
             self.vllm_config,
             self.settings,
             TreeCPUAttentionImpl,
-            torch.float32,  # what tree attention computes in
+            # what tree attention computes in
+            self.model_config.dtype if packs_for_blocks else torch.float32,
             torch.ops.bita.add_mask_lora_cpu,
             pack_mask_lora,
             self.device,
         )
-        multiply_packed(self._block_model)
+        if packs_for_blocks:
+            multiply_packed(self._block_model)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Stock; packed weights and a tied output head follow the new weights."""
@@ -133,13 +137,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         drafts = scheduler_output.scheduled_spec_decode_tokens
         is_plain = not drafts and scheduler_output.num_spec_tokens_to_schedule == PLAIN_WIDTH
         self.speculative_config = None if is_plain else self.vllm_config.speculative_config
+        self.model = self._block_model if drafts else self._plain_model
         return super().execute_model(scheduler_output, *args, **kwargs)
-
-    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._has_blocks():
-            return super()._model_forward(*args, **kwargs)
-        with replaced(self, "model", self._block_model):
-            return super()._model_forward(*args, **kwargs)
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # The profile run samples as a plain runner: the walk calls the same sampler, never more rows at once
@@ -247,14 +246,14 @@ class BitaCPUModelRunner(CPUModelRunner):
             return
         base = self.input_batch.num_computed_tokens_cpu[request]
         for group, kv_caches in enumerate(self._kv_caches_by_group()):
-            head_size, block_size = kv_caches[0].shape[3] // 2, kv_caches[0].shape[2]
+            block_size = kv_caches[0].shape[2]
             block_ids = self.input_batch.block_table[group].block_table.np
             slots = [
                 block_ids[request, position // block_size].astype(np.int64) * block_size
                 + position % block_size
                 for position in (base + row, base + place)
             ]
-            move_rows(kv_caches, head_size, *map(torch.from_numpy, slots))
+            torch.ops.bita.move_kv_cpu(kv_caches, *map(torch.from_numpy, slots))
 
     def _kv_caches_by_group(self) -> list[list[torch.Tensor]]:
         context = self.compilation_config.static_forward_context
@@ -307,24 +306,26 @@ class BitaCPUModelRunner(CPUModelRunner):
         mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
         # Bitmasks are made for first templates only: `grammar.py` knows a tree by its rows.
         chooses = templates.has_choice and not scheduler_output.has_structured_output_requests
-        probabilities = torch.zeros(len(mask_rows), templates.max_rank)
-        top_tokens = np.zeros((0, templates.max_rank), dtype=np.int64)
-        if blocks is not None and len(mask_rows):
+        if blocks is None or not len(mask_rows):
+            top_tokens = torch.zeros(0, templates.max_rank, dtype=torch.int64)
+            probabilities = torch.zeros(0, templates.max_rank)
+        else:
             if len(self._mask_logits):
-                logits = self._mask_logits[np.searchsorted(blocks.mask_rows(), mask_rows)]
+                logits = self._mask_logits
+                rows = torch.from_numpy(np.searchsorted(blocks.mask_rows(), mask_rows))
             else:
                 logits = self.model.compute_logits(hidden_states[torch.from_numpy(mask_rows)])
-            top = logits.topk(templates.max_rank, dim=-1)
-            top_tokens = top.indices.numpy()
-            if chooses:
-                probabilities = probabilities_of(top.values, logits)
+                rows = torch.arange(len(mask_rows))
+            top_tokens, probabilities = torch.ops.bita.top_tokens_cpu(
+                logits, rows, templates.max_rank
+            )
         line = self.choice(
             index,
             torch.from_numpy(upcoming.depths),
             torch.from_numpy(upcoming.by_depth(probabilities.numpy())),
             only_first=not chooses,
         ).numpy()
-        drafts = upcoming.fill(self.table, line, top_tokens, self.vocab_size)
+        drafts = upcoming.fill(self.table, line, top_tokens.numpy(), self.vocab_size)
         # It lives with vLLM's state of the request, which ends in steps without rows, too.
         requests: dict[str, Any] = self.requests
         for request_id, own in zip(self.input_batch.req_ids, line.tolist(), strict=True):

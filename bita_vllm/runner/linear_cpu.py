@@ -21,6 +21,11 @@ from bita_kernels.linear_bf16_cpu_naive import pack_deltas_bf16, pack_linear_bf1
 from bita_kernels.linear_cpu_naive import pack_linear, smallest_dtype, unpack_linear
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from bita_vllm.machine import is_plain_avx2
 from bita_vllm.runner.loading import replaced
@@ -82,20 +87,26 @@ def layers_packed_for_blocks() -> Iterator[None]:
     dispatch = stock.dispatch_cpu_unquantized_gemm
 
     def pack_and_dispatch(layer: Any, remove_weight: bool) -> None:
-        if can_pack_for_blocks(layer.weight):
-            packed = pack_linear_bf16(layer.weight.detach())
-            layer.register_buffer("block_weight", packed, persistent=False)
-            layer.block_out_features = len(layer.weight)
+        # Of embeddings only output heads multiply, and those keep their weights: `multiply_packed`.
+        if can_pack_for_blocks(layer.weight) and not isinstance(layer, VocabParallelEmbedding):
+            pack_for_blocks(layer)
         dispatch(layer, remove_weight)
 
     with replaced(stock, "dispatch_cpu_unquantized_gemm", pack_and_dispatch):
         yield
 
 
-def can_pack_for_blocks(weight: torch.Tensor) -> bool:
+def can_pack_for_blocks(weight: Any) -> bool:
     """Layers in bfloat16 with an even number of inputs, which the product takes two by two."""
     is_layer = weight.ndim == 2 and not weight.is_meta
     return is_layer and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+
+
+def pack_for_blocks(layer: Any) -> None:
+    """Keep the layer's weights packed next to itself."""
+    packed = pack_linear_bf16(layer.weight.detach())
+    layer.register_buffer("block_weight", packed, persistent=False)
+    layer.block_out_features, layer.block_deltas = len(layer.weight), ()
 
 
 class BlockLinearMethod(LinearMethodBase):
@@ -117,11 +128,17 @@ def multiply_packed(
     # the form for steps with blocks, its deltas in it
     model: nn.Module,
 ) -> None:
-    """Its linear layers that have packed weights multiply with those."""
+    """Its linear layers that have packed weights multiply with those, and its output head."""
     for layer in model.modules():
+        is_stock_head = isinstance(layer, ParallelLMHead) and isinstance(
+            layer.quant_method, UnquantizedEmbeddingMethod
+        )
+        if is_stock_head and can_pack_for_blocks(layer.weight):
+            pack_for_blocks(layer)
+            layer.quant_method = BlockLinearMethod()
         if not isinstance(layer, LinearBase) or not hasattr(layer, "block_weight"):
             continue
-        lora, layer.block_deltas = layer.quant_method, ()
+        lora = layer.quant_method
         if isinstance(lora, MaskLoraMethod):
             deltas = packed_deltas(layer)
             if deltas is None:

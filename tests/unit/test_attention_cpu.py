@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from bita_kernels import cpu_kernels
+from bita_kernels.move_kv_cpu_naive import move_kv_cpu_naive
 from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from vllm import _custom_ops as ops
 
-from bita_vllm.attention.cpu import TreeMetadata, move_rows
+from bita_vllm.attention.cpu import TreeMetadata
 from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
@@ -136,8 +137,11 @@ def test_a_request_alone_gives_the_same_bits():
         assert torch.equal(attend(rows, *arguments), together[rows])
 
 
+@pytest.mark.parametrize("kind", ["kernel", "twin"])
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
-def test_moved_rows_read_as_if_written_there(isa, block_size, head_size):
+def test_moved_rows_read_as_if_written_there(kind, isa, block_size, head_size):
+    assert cpu_kernels.register(), "it must be built here"
+    move = torch.ops.bita.move_kv_cpu if kind == "kernel" else move_kv_cpu_naive
     torch.manual_seed(0)
     layers = [torch.zeros(4, HEADS_KV, block_size, 2 * head_size) for _ in range(3)]
     expected = [torch.zeros_like(layer) for layer in layers]
@@ -152,6 +156,6 @@ def test_moved_rows_read_as_if_written_there(isa, block_size, head_size):
         moved = rows.clone()
         moved[target] = rows[source]
         write(wanted, moved, moved + 1, slots, isa)
-    move_rows(layers, head_size, source, target)
+    move(layers, source, target)
     for layer, wanted in zip(layers, expected, strict=True):
         assert torch.equal(layer, wanted)

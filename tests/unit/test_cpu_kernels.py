@@ -9,6 +9,7 @@ import torch
 from bita_kernels import cpu_kernels
 from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive, pack_mask_lora
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels.top_tokens_cpu_naive import top_tokens_cpu_naive
 
 
 def case(dtype, num_mask_rows, rank, num_parts, size_in=70, part_size=37):
@@ -81,6 +82,27 @@ def test_deltas_of_another_layer_are_refused():
     a, b, *others = packed(*deltas)
     with pytest.raises(RuntimeError, match="as pack_mask_lora leaves them"):
         torch.ops.bita.add_mask_lora_cpu(output, x, a, b[:-1], *others)
+
+
+@pytest.mark.parametrize("kind", ["kernel", "twin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [7, 256, 1000, 49152])
+def test_top_tokens_and_their_probabilities(kind, dtype, size):
+    assert cpu_kernels.register(), "it must be built here"
+    operation = torch.ops.bita.top_tokens_cpu if kind == "kernel" else top_tokens_cpu_naive
+    logits = (torch.randn(9, size, generator=torch.Generator().manual_seed(size)) * 4).to(dtype)
+    logits[3, : size // 2] = float("-inf")
+    rows = torch.tensor([8, 0, 3])
+    tokens, probabilities = operation(logits, rows, 5)
+    exact = logits[rows].double().softmax(dim=-1)
+    assert (tokens.sort().values.diff() > 0).all(), "a token twice"
+    torch.testing.assert_close(
+        exact.gather(1, tokens), exact.topk(5).values, rtol=1e-12, atol=0.0
+    )  # of equal ones any
+    torch.testing.assert_close(
+        probabilities.double(), exact.gather(1, tokens), rtol=1e-4, atol=1e-9
+    )
+    assert operation(logits, rows[:0], 5)[0].shape == (0, 5)
 
 
 def test_an_installed_package_has_the_sources(tmp_path):
