@@ -108,6 +108,26 @@ CPU_OVERRIDES = (
         "(layer, remove_weight)",
     ),
     Hook(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model",
+        "compiles both forms of the model",
+        "(self)",
+    ),
+    Hook(
+        "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper.__init__",
+        "gives the form for blocks a compiled graph of its own",
+        "(self, compile_prefix=, is_encoder=)",
+    ),
+    Hook(
+        "vllm.compilation.backends:set_model_tag",
+        "keeps the two compiled graphs apart",
+        "(tag, is_encoder=)",
+    ),
+    Hook(
+        f"{_RUNNER}.execute_model",
+        "chooses the form of the model",
+        "(self, scheduler_output, intermediate_tensors=)",
+    ),
+    Hook(
         f"{_RUNNER}._prepare_inputs",
         "positions are tree depths",
         "(self, scheduler_output, num_scheduled_tokens)",
