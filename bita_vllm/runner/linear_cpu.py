@@ -20,6 +20,7 @@ from bita_kernels.cpu_kernels import has_bf16_products
 from bita_kernels.linear_bf16_cpu_naive import pack_deltas_bf16, pack_linear_bf16
 from bita_kernels.linear_cpu_naive import pack_linear, smallest_dtype, unpack_linear
 from torch import nn
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -30,6 +31,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from bita_vllm.machine import is_plain_avx2
 from bita_vllm.runner.loading import replaced
 from bita_vllm.runner.mask_lora import MaskLoraMethod
+
+logger = init_logger("vllm.bita")
 
 
 @contextmanager
@@ -147,6 +150,8 @@ def multiply_packed(
             layer.block_deltas = (*deltas, layer.mask_rows, layer.num_mask_rows)
             del layer.mask_lora_a, layer.mask_lora_b
         layer.quant_method = BlockLinearMethod()
+    packed = sum(b.nbytes for name, b in model.named_buffers() if name.endswith("block_weight"))
+    logger.info("bita: %.0f MiB of weights packed for steps with blocks.", packed / 2**20)
 
 
 def packed_deltas(

@@ -33,9 +33,10 @@ def look(worker):
     for name in ("prompt_keys", "prompt_values"):
         tensors = [getattr(impl, name) for impl in impls if hasattr(impl, name)]
         added[name] = sum(tensor.nbytes for tensor in tensors)
-    masks = [m.mask_embeddings for m in runner.model.modules() if hasattr(m, "mask_embeddings")]
+    model = getattr(runner, "_block_model", runner.model)
+    masks = [m.mask_embeddings for m in model.modules() if hasattr(m, "mask_embeddings")]
     added["mask_embeddings"] = sum(tensor.nbytes for tensor in masks)
-    layers = [m for m in runner.model.modules() if hasattr(m, "mask_lora_a")]
+    layers = [m for m in model.modules() if hasattr(m, "mask_lora_a")]
     added["deltas"] = sum(m.mask_lora_a.nbytes + m.mask_lora_b.nbytes for m in layers)
     holders = [getattr(runner, "table", None)]
     holders += [vars(holder).get("template") for holder in holders if holder is not None]
