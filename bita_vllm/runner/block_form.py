@@ -17,10 +17,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 # What a module of its own keeps in tables of its own.
 _TABLES = "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"
@@ -64,10 +61,7 @@ def _changes(module: nn.Module) -> bool:
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     """A module with the same weights, and twins of the modules in it that change."""
-    is_embedding = isinstance(module, VocabParallelEmbedding) and not isinstance(
-        module, ParallelLMHead
-    )
-    if is_embedding or isinstance(module, Attention) or not _changes(module):
+    if isinstance(module, Attention) or not _changes(module):
         return module
     if id(module) in twins:
         return twins[id(module)]

@@ -5,7 +5,7 @@ Source of the hooks: vllm/v1/worker/{cpu_worker,cpu_model_runner,gpu_model_runne
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,9 +32,9 @@ from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import (
     blocks_gain,
     cpu_gains,
-    layers_packed_for_blocks,
     multiply_packed,
-    packed_linear_layers,
+    packing,
+    renew_block_form,
 )
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.reload_cpu import renewed_products
@@ -91,12 +91,10 @@ class BitaCPUModelRunner(CPUModelRunner):
         has_kernels = cpu_kernels.register()
         packs, packs_for_blocks = has_kernels and cpu_gains(), has_kernels and blocks_gain()
         self.speculative_config.packs_linear_layers = packs or packs_for_blocks
-        linear_layers: AbstractContextManager[None] = nullcontext()
-        if packs or packs_for_blocks:
-            linear_layers = packed_linear_layers() if packs else layers_packed_for_blocks()
+        self._packing = partial(packing, packs, packs_for_blocks)
         tree_attention = attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend)
         as_plain = replaced(self, "vllm_config", plain_config(self.vllm_config, packs))
-        with linear_layers, tree_attention, as_plain:
+        with self._packing(), tree_attention, as_plain:
             super().load_model(load_dummy_weights)
         self._plain_model = self.model
         self._block_model = block_form(self.model, self.vllm_config)
@@ -115,11 +113,11 @@ class BitaCPUModelRunner(CPUModelRunner):
             multiply_packed(self._block_model)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Stock; packed weights and a tied output head follow the new weights."""
-        packs = self.speculative_config.packs_linear_layers
-        linear_layers = packed_linear_layers() if packs else nullcontext()
-        with linear_layers, renewed_products(self.model):
+        """Stock; packed weights, a tied output head and the form for blocks follow the new weights."""
+        self.model = self._plain_model
+        with self._packing(), renewed_products(self.model):
             super().reload_weights(*args, **kwargs)
+        renew_block_form(self._plain_model, self._block_model)
 
     def warming_up_model(self) -> None:
         """Stock, for both forms of the model: nothing is compiled while requests wait."""

@@ -11,7 +11,7 @@ blocks, whose model is a form of its own (block_form.py), multiply weights packe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -112,6 +112,24 @@ def pack_for_blocks(layer: Any) -> None:
     layer.block_out_features, layer.block_deltas = len(layer.weight), ()
 
 
+def renew_block_form(
+    # the two forms of a model, after new weights came into the first
+    model: nn.Module,
+    block_model: nn.Module,
+) -> None:
+    """Give the form for steps with blocks what reloading made anew in the other one."""
+    twins = dict(block_model.named_modules())
+    for name, layer in model.named_modules():
+        if (twin := twins[name]) is layer:
+            continue
+        twin._parameters.update(layer._parameters)
+        twin._buffers.update(layer._buffers)
+        if "cpu_linear" in layer.__dict__:
+            twin.cpu_linear = layer.cpu_linear
+        if isinstance(twin, ParallelLMHead) and hasattr(twin, "block_weight"):
+            twin.block_weight.copy_(pack_linear_bf16(layer.weight.detach()))
+
+
 class BlockLinearMethod(LinearMethodBase):
     """A layer's product with its packed weights, and its delta for mask rows in the same pass."""
 
@@ -125,6 +143,13 @@ class BlockLinearMethod(LinearMethodBase):
         out_features: Any = layer.block_out_features
         deltas: Any = layer.block_deltas
         return torch.ops.bita.linear_bf16_cpu(x, layer.block_weight, bias, out_features, *deltas)
+
+
+def packing(packs: bool, packs_for_blocks: bool) -> AbstractContextManager[None]:
+    """Inside, layers whose weights are processed are packed as an engine wants them."""
+    if packs:
+        return packed_linear_layers()
+    return layers_packed_for_blocks() if packs_for_blocks else nullcontext()
 
 
 def multiply_packed(

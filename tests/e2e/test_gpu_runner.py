@@ -30,7 +30,7 @@ pytestmark = [
 OPTIONS = {
     "max_model_len": 128,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 48,
+    "max_num_batched_tokens": 112,  # the blocks of all requests
     "block_size": 32,
     "num_gpu_blocks_override": 8,
 }
@@ -174,7 +174,12 @@ def test_tokens_equal_plain_v2_with_prefill_in_flash_attention(tiny_model, tmp_p
     """
     model = tiny_model("gemma2", num_hidden_layers=2)
     adapter = make_adapter(model, tmp_path / "adapter")
-    options = {**OPTIONS, "max_num_seqs": 1, "num_gpu_blocks_override": 16}
+    options = {
+        **OPTIONS,
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 1,
+        "num_gpu_blocks_override": 16,
+    }
     plain = run(model, requests(3, max_tokens=6), **options)
     naive = put_in_flash_attention(monkeypatch)
     bita = {"model": str(adapter), "tree": "3,2"}

@@ -30,6 +30,7 @@ from bita_vllm.adapter import AdapterConfig
 from bita_vllm.attention import gpu
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.runner import gpu as gpu_runner
+from bita_vllm.runner import gpu_mask_lora
 from bita_vllm.runner.loading import attention_backend
 from bita_vllm.template_set import TemplateSet, saved_sets, sets_of_one
 from bita_vllm.tree import Template
@@ -225,7 +226,7 @@ def test_plain_steps_call_what_plain_vllm_calls(model, tmp_path, monkeypatch, ba
     else:
         recorded(monkeypatch, triton_attn, "unified_attention", calls)
     deltas: list[Any] = []
-    recorded(monkeypatch, gpu_runner, "add_mask_lora", deltas)
+    recorded(monkeypatch, gpu_mask_lora, "add_mask_lora", deltas)
 
     def served(speculative):
         with engine(model, speculative, **{**OPTIONS, "num_gpu_blocks_override": 16}) as llm:
