@@ -59,8 +59,10 @@ class Limits:
 RESERVED_SHARED = 1024
 LIMITS = {
     80: Limits(163 * 1024, 164 * 1024),
+    89: Limits(99 * 1024, 100 * 1024, warps=48, blocks=24),
     90: Limits(227 * 1024, 228 * 1024),
     100: Limits(227 * 1024, 228 * 1024),
+    120: Limits(99 * 1024, 100 * 1024, warps=48),
 }
 
 

@@ -15,6 +15,7 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
+QUANTISED_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 
 
 def kind_of(tensors: Iterable[torch.Tensor]) -> tuple[object, ...]:

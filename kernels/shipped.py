@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Compute capabilities: A100, H100/H200, B200.
-TARGETS = (80, 90, 100)
+# Compute capabilities: A100, L4 and RTX 4090, H100 and H200, B200, RTX 5090.
+TARGETS = (80, 89, 90, 100, 120)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The Triton kernels of `tree_attention` (tree_attention.py has the launcher and says what they compute).
 
-Scores are kept in base 2. A split starts from an empty softmax and is merged into the running one in
-the order of positions: in one program (`PARALLEL` off), or by `combine_splits_kernel` from partial
-results. Both do the same operations in the same order.
+A request's keys come in parts, each with a softmax of its own that starts empty: the own part (sink,
+prompt tokens, own rows), then the splits of the committed context (attention_config.py says where they
+begin). The parts are merged in this order: in one program (`PARALLEL` off), or by
+`combine_splits_kernel` from partial results. Both do the same operations in the same order.
+Scores are kept in base 2.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
+# Partial results that `combine_splits_kernel` has under way.
+COMBINE_STAGES = tl.constexpr(4)
 
 
 @triton.jit
@@ -28,40 +32,85 @@ def _attend(
     peak,
     total,
     acc,
+    # positive: a product times this is a score
     scale,
     softcap,
-    MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """One tile of keys into a running softmax."""
-    scores = tl.dot(q, k, input_precision="ieee") * scale
+    scores = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
-        # tanh(x) = 2 * sigmoid(2x) - 1
-        scores = softcap * (2.0 / (1.0 + tl.exp2(scores / softcap * (-2.0 * LOG2E))) - 1.0)
-    scores *= LOG2E
-    if MASKED:
-        scores = tl.where(visible, scores, NEG_INF)
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # tanh(x) = 2 / (1 + exp(-2x)) - 1
+        fall = tl.exp2(scores * (scale / softcap * (-2.0 * LOG2E)))
+        scores = (softcap * LOG2E) * (2.0 / (1.0 + fall) - 1.0)
+        scale = 1.0
+    else:
+        scale *= LOG2E
+    scores = tl.where(visible, scores, NEG_INF)
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     # Rows that have seen nothing yet: -inf - -inf is NaN.
     base = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-    weights = tl.exp2(scores - base[:, None])
+    # Multiplications and additions are spelt out as one, so that all variants round alike.
+    weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
     fade = tl.exp2(peak - base)
-    total = total * fade + tl.sum(weights, 1)
+    total = tl.fma(total, fade, tl.sum(weights, 1))
     acc = acc * fade[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return new_peak, total, acc
 
 
 @triton.jit
-def _merge(peak, total, acc, split_peak, split_total, split_acc):
-    """One split's softmax into the running one."""
-    new_peak = tl.maximum(peak, split_peak)
+def _merge(peak, total, acc, part_peak, part_total, part_acc):
+    """One part's softmax into the running one."""
+    new_peak = tl.maximum(peak, part_peak)
     base = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-    fade, split_fade = tl.exp2(peak - base), tl.exp2(split_peak - base)
-    # Spelt out, so that both kernels round alike whatever the compiler would contract.
-    total = tl.fma(total, fade, split_total * split_fade)
-    acc = tl.fma(acc, fade[:, None], split_acc * split_fade[:, None])
+    fade, part_fade = tl.exp2(peak - base), tl.exp2(part_peak - base)
+    total = tl.fma(total, fade, part_total * part_fade)
+    acc = tl.fma(acc, fade[:, None], part_acc * part_fade[:, None])
     return new_peak, total, acc
+
+
+@triton.jit
+def _empty(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A softmax over nothing."""
+    peak = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    return peak, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def _split_count(num_slots, SPLIT: tl.constexpr, PER_DOUBLING: tl.constexpr):
+    """Splits that hold the first `num_slots` slots; `AttentionConfig.num_splits` is its twin."""
+    length, longer = SPLIT, 0
+    while 2 * PER_DOUBLING * length < num_slots:
+        length *= 2
+        longer += PER_DOUBLING
+    return longer + tl.cdiv(num_slots, length)
+
+
+@triton.jit
+def _split_bounds(split, SPLIT: tl.constexpr, PER_DOUBLING: tl.constexpr):
+    """The first slot of a split, and the next split's."""
+    doublings = tl.maximum(split // PER_DOUBLING - 1, 0)
+    length = SPLIT << doublings
+    begin = (split - doublings * PER_DOUBLING) * length
+    return begin, begin + length
+
+
+@triton.jit
+def _splits_seen(
+    context_len,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PER_DOUBLING: tl.constexpr,
+):
+    """The first slot that a row sees, at the start of a tile; its split, and the end of the splits."""
+    first_slot, first_split = 0, 0
+    if WINDOW > 0:
+        first_slot = tl.maximum(context_len - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        first_split = tl.maximum(_split_count(first_slot + 1, SPLIT, PER_DOUBLING) - 1, 0)
+    last_split = _split_count(tl.maximum(context_len, 0), SPLIT, PER_DOUBLING)
+    return first_slot, first_split, last_split
 
 
 @triton.jit
@@ -69,9 +118,9 @@ def _pages(
     k_ptr,
     v_ptr,
     table_row_ptr,
-    # [BLOCK_N] slots of the sequence
+    # [n] slots of the sequence
     slots,
-    # [BLOCK_N] bool
+    # [n] bool
     exists,
     dims,
     k_strides,
@@ -82,7 +131,7 @@ def _pages(
     QUANTISED: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Keys `[BLOCK_D, BLOCK_N]` and values `[BLOCK_N, BLOCK_D]` of the slots, in `dtype`.
+    """Keys `[BLOCK_D, n]` and values `[n, BLOCK_D]` of the slots, in `dtype`.
 
     fp8 keys are cast, which is exact: their scale is a factor of the scores.
     """
@@ -97,6 +146,131 @@ def _pages(
         k = k.to(dtype)
         v = (v.to(tl.float32) * v_scale).to(dtype)
     return k, v
+
+
+@triton.jit
+def _own_part(
+    q,
+    prompt_keys_ptr,
+    prompt_values_ptr,
+    sinks_ptr,
+    # of the request's line
+    ancestor_bits_ptr,
+    depth_ptr,
+    k_ptr,
+    v_ptr,
+    table_row_ptr,
+    context_len,
+    num_queries,
+    has_tree,
+    kv_head,
+    # [BLOCK_M] each
+    q_head,
+    row,
+    depth,
+    sees_prompt,
+    dims,
+    k_strides,
+    v_strides,
+    scale,
+    page_scale,
+    v_scale,
+    softcap,
+    NUM_KV_HEADS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    NUM_PROMPT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sink, prompt tokens and the request's own rows."""
+    peak, total, acc = _empty(BLOCK_M, BLOCK_D)
+    if SINKS:
+        peak = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2E
+        total += 1.0
+    if has_tree:
+        for first in tl.range(0, NUM_PROMPT, BLOCK_N, num_stages=1):
+            prompt = first + tl.arange(0, BLOCK_N)
+            at = (prompt * NUM_KV_HEADS + kv_head) * HEAD_SIZE
+            exists, inside = prompt < NUM_PROMPT, dims < HEAD_SIZE
+            keys = prompt_keys_ptr + at[None, :] + dims[:, None]
+            k = tl.load(keys, mask=inside[:, None] & exists[None, :], other=0.0)
+            values = prompt_values_ptr + at[:, None] + dims[None, :]
+            v = tl.load(values, mask=exists[:, None] & inside[None, :], other=0.0)
+            visible = sees_prompt[:, None] & exists[None, :]
+            peak, total, acc = _attend(
+                q, k, v, visible, peak, total, acc, scale, softcap, SOFTCAP
+            )
+    row_exists = row < num_queries
+    for first in tl.range(0, num_queries, BLOCK_N, num_stages=1):
+        own = first + tl.arange(0, BLOCK_N)
+        # A graph is captured with sequences shorter than their rows.
+        exists = (own < num_queries) & (context_len + own >= 0)
+        k, v = _pages(
+            k_ptr,
+            v_ptr,
+            table_row_ptr,
+            context_len + own,
+            exists,
+            dims,
+            k_strides,
+            v_strides,
+            v_scale,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            QUANTISED,
+            q.dtype,
+        )
+        seen = own[None, :] <= row[:, None]
+        if has_tree:
+            bits = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            for i in tl.static_range((BLOCK_N + 31) // 32):
+                word = first // 32 + i
+                if word < NUM_WORDS:
+                    row_word = ancestor_bits_ptr + row * NUM_WORDS + word
+                    row_bits = tl.load(row_word, mask=row_exists, other=0)
+                    bits = tl.where((own // 32 == word)[None, :], row_bits[:, None], bits)
+            seen = ((bits >> (own % 32)[None, :]) & 1) > 0
+        visible = seen & exists[None, :]
+        if WINDOW > 0:
+            # positions, relative to the context's end
+            position = own
+            if has_tree:
+                position = tl.load(depth_ptr + own, mask=own < num_queries, other=0)
+            visible &= depth[:, None] - position[None, :] < WINDOW
+        peak, total, acc = _attend(
+            q, k, v, visible, peak, total, acc, page_scale, softcap, SOFTCAP
+        )
+    return peak, total, acc
+
+
+@triton.jit
+def _store_partial(
+    acc_ptr,
+    stats_ptr,
+    # of one of the two halves
+    stats_size,
+    # [BLOCK_M] int64, where each row of the part lies
+    at,
+    dims,
+    peak,
+    total,
+    acc,
+    # [BLOCK_M] bool
+    row_exists,
+    HEAD_SIZE: tl.constexpr,
+):
+    """A part's softmax into the workspace."""
+    tl.store(stats_ptr + at, peak, mask=row_exists)
+    tl.store(stats_ptr + stats_size + at, total, mask=row_exists)
+    mask = row_exists[:, None] & (dims < HEAD_SIZE)[None, :]
+    tl.store(acc_ptr + at[:, None] * HEAD_SIZE + dims[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -118,7 +292,7 @@ def tree_attention_kernel(
     k_scale_ptr,
     v_scale_ptr,
     sinks_ptr,
-    # [splits, B * R, Hq, D] and [2, splits, B * R, Hq] fp32
+    # [parts, B * R, Hq, D] and [2, parts, B * R, Hq] fp32
     partial_acc_ptr,
     partial_stats_ptr,
     scale,
@@ -142,7 +316,6 @@ def tree_attention_kernel(
     NUM_ROWS: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     NUM_PROMPT: tl.constexpr,
-    BLOCK_PROMPT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -152,52 +325,41 @@ def tree_attention_kernel(
     QUANTISED_QUERY: tl.constexpr,
     QUANTISED: tl.constexpr,
     PARALLEL: tl.constexpr,
-    MIN_QUERIES: tl.constexpr,
-    MAX_QUERIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    PER_DOUBLING: tl.constexpr,
 ):
-    """One tile of packed rows of one request and KV head: one split (`PARALLEL`), or all of them in turn.
-
-    Requests with fewer rows than MIN_QUERIES or more than MAX_QUERIES are left to another launch.
-    """
+    """One tile of packed rows of one request and KV head: some of its parts (`PARALLEL`), or all of them in turn."""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = tl.program_id(0) // NUM_KV_HEADS
     request = tl.program_id(1)
     start = tl.load(query_start_ptr + request)
     num_queries = tl.load(query_start_ptr + request + 1) - start
-    out_of_range = (num_queries < MIN_QUERIES) | (num_queries > MAX_QUERIES)
-    if out_of_range | (tile * BLOCK_M >= num_queries * GROUP):
+    if tile * BLOCK_M >= num_queries * GROUP:
         return
-    seq_len = tl.load(seq_len_ptr + request)
-    num_splits = tl.cdiv(seq_len, SPLIT)
-    first_split, last_split = tl.program_id(2), num_splits
-    if PARALLEL:
-        last_split = tl.minimum(first_split + 1, num_splits)
-    if first_split >= num_splits:
-        return
-    context_len = seq_len - num_queries
-    line = tl.load(line_ptr + request)
-    # Rows whose place in a tree the table knows: none of a causal request.
-    tree_rows = tl.where(line >= 0, NUM_ROWS, 0)
-    line = tl.maximum(line, 0)
+    context_len = tl.load(seq_len_ptr + request) - num_queries
+    first_slot, first_split, last_split = _splits_seen(
+        context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING
+    )
+    num_parts = 1 + tl.maximum(last_split - first_split, 0)
+    if PARALLEL:  # noqa: SIM102 (a compile-time condition, then one that is not)
+        if tl.program_id(2) >= num_parts:
+            return
 
+    line = tl.load(line_ptr + request)
+    has_tree = line >= 0
+    first_place = tl.maximum(line, 0) * NUM_ROWS
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row, q_head = packed // GROUP, kv_head * GROUP + packed % GROUP
     row_exists = row < num_queries
-    in_tree = row_exists & (row < tree_rows)
-    place = line * NUM_ROWS + row
-    depth = tl.load(depth_ptr + place, mask=in_tree, other=0)
+    in_tree = row < tl.where(has_tree, num_queries, 0)
+    depth = tl.load(depth_ptr + first_place + row, mask=in_tree, other=0)
     depth = tl.where(in_tree, depth, row)
-    sees_prompt = tl.load(mask_index_ptr + place, mask=in_tree, other=-1) >= 0
-    # A causal tile sees nothing behind its last row.
-    last_row = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
-    last_slot = tl.where(tree_rows > 0, seq_len, context_len + last_row + 1)
+    sees_prompt = tl.load(mask_index_ptr + first_place + row, mask=in_tree, other=-1) >= 0
     dims = tl.arange(0, BLOCK_D)
-    inside = dims < HEAD_SIZE
+    tile_mask = row_exists[:, None] & (dims < HEAD_SIZE)[None, :]
     q_rows = q_ptr + (start + row).to(tl.int64) * q_row_stride + q_head * q_head_stride
-    tile_mask = row_exists[:, None] & inside[None, :]
     q = tl.load(q_rows[:, None] + dims[None, :], mask=tile_mask, other=0.0)
     if QUANTISED_QUERY:
         q = q.to(out_ptr.dtype.element_ty)  # exact
@@ -208,62 +370,99 @@ def tree_attention_kernel(
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
     table_row_ptr = block_table_ptr + request * table_stride
+    # of part 0
+    partial_row = (request * NUM_ROWS + row).to(tl.int64) * (NUM_KV_HEADS * GROUP) + q_head
+    part_size = num_partial_rows.to(tl.int64) * (NUM_KV_HEADS * GROUP)
 
-    peak = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(first_split, last_split):
-        split_peak = tl.full([BLOCK_M], NEG_INF, tl.float32)
-        split_total = tl.zeros([BLOCK_M], tl.float32)
-        split_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if split == 0:
-            if SINKS:
-                split_peak = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2E
-                split_total += 1.0
-            if NUM_PROMPT > 0:  # noqa: SIM102 (a compile-time condition, then one that is not)
-                if tree_rows > 0:
-                    prompt = tl.arange(0, BLOCK_PROMPT)
-                    at = (prompt * NUM_KV_HEADS + kv_head) * HEAD_SIZE
-                    exists = prompt < NUM_PROMPT
-                    k = tl.load(
-                        prompt_keys_ptr + at[None, :] + dims[:, None],
-                        mask=inside[:, None] & exists[None, :],
-                        other=0.0,
+    merged_peak, merged_total, merged_acc = _empty(BLOCK_M, BLOCK_D)
+    own = True
+    if PARALLEL:
+        own = tl.program_id(2) == 0
+    if own:
+        merged_peak, merged_total, merged_acc = _own_part(
+            q,
+            prompt_keys_ptr,
+            prompt_values_ptr,
+            sinks_ptr,
+            ancestor_bits_ptr + first_place * NUM_WORDS,
+            depth_ptr + first_place,
+            k_ptr,
+            v_ptr,
+            table_row_ptr,
+            context_len,
+            num_queries,
+            has_tree,
+            kv_head,
+            q_head,
+            row,
+            depth,
+            sees_prompt,
+            dims,
+            (k_page_stride, k_slot_stride),
+            (v_page_stride, v_slot_stride),
+            scale,
+            page_scale,
+            v_scale,
+            softcap,
+            NUM_KV_HEADS,
+            NUM_WORDS,
+            NUM_PROMPT,
+            HEAD_SIZE,
+            BLOCK_SIZE,
+            WINDOW,
+            SOFTCAP,
+            SINKS,
+            QUANTISED,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_N,
+        )
+        if PARALLEL:
+            _store_partial(
+                partial_acc_ptr,
+                partial_stats_ptr,
+                stats_size,
+                partial_row,
+                dims,
+                merged_peak,
+                merged_total,
+                merged_acc,
+                row_exists,
+                HEAD_SIZE,
+            )
+            return
+
+    # A program's runs of slots: a split each, or all of the context.
+    run, num_runs, step = 0, 1, 1
+    if PARALLEL:
+        run, num_runs = tl.program_id(2) - 1, last_split - first_split
+        step = tl.num_programs(2) - 1
+    for index in range(run, num_runs, step):
+        peak, total, acc = _empty(BLOCK_M, BLOCK_D)
+        split, begin, end = first_split, first_slot, context_len
+        _, boundary = _split_bounds(split, SPLIT, PER_DOUBLING)
+        if PARALLEL:
+            # The longest splits are a sequence's last ones, and start first.
+            split = last_split - 1 - index
+            begin, end = _split_bounds(split, SPLIT, PER_DOUBLING)
+            begin, end = tl.maximum(begin, first_slot), tl.minimum(end, context_len)
+        for first in range(begin, end, BLOCK_N):
+            if not PARALLEL:  # noqa: SIM102 (a compile-time condition, then one that is not)
+                if first == boundary:
+                    merged_peak, merged_total, merged_acc = _merge(
+                        merged_peak, merged_total, merged_acc, peak, total, acc
                     )
-                    v = tl.load(
-                        prompt_values_ptr + at[:, None] + dims[None, :],
-                        mask=exists[:, None] & inside[None, :],
-                        other=0.0,
-                    )
-                    split_peak, split_total, split_acc = _attend(
-                        q,
-                        k,
-                        v,
-                        sees_prompt[:, None] & exists[None, :],
-                        split_peak,
-                        split_total,
-                        split_acc,
-                        scale,
-                        softcap,
-                        True,
-                        SOFTCAP,
-                    )
-        begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, last_slot)
-        if WINDOW > 0:
-            # Tiles in front of the earliest position that the earliest row sees.
-            earliest = tl.maximum(context_len - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-            begin = tl.maximum(begin, earliest)
-        # Committed context, tiles that every row sees whole.
-        whole_end = tl.maximum(tl.minimum(end, context_len // BLOCK_N * BLOCK_N), begin)
-        for first in range(begin, whole_end, BLOCK_N):
+                    peak, total, acc = _empty(BLOCK_M, BLOCK_D)
+                    split += 1
+                    _, boundary = _split_bounds(split, SPLIT, PER_DOUBLING)
             slots = first + tl.arange(0, BLOCK_N)
+            exists = slots < end
             k, v = _pages(
                 k_ptr,
                 v_ptr,
                 table_row_ptr,
                 slots,
-                slots < end,
+                exists,
                 dims,
                 (k_page_stride, k_slot_stride),
                 (v_page_stride, v_slot_stride),
@@ -273,80 +472,35 @@ def tree_attention_kernel(
                 QUANTISED,
                 q.dtype,
             )
-            visible = (context_len + depth)[:, None] - slots[None, :] < WINDOW
-            split_peak, split_total, split_acc = _attend(
-                q,
-                k,
-                v,
-                visible,
-                split_peak,
-                split_total,
-                split_acc,
-                page_scale,
-                softcap,
-                WINDOW > 0,
-                SOFTCAP,
-            )
-        # The end of the context, and the request's own rows.
-        for first in range(whole_end, end, BLOCK_N):
-            slots = first + tl.arange(0, BLOCK_N)
-            k, v = _pages(
-                k_ptr,
-                v_ptr,
-                table_row_ptr,
-                slots,
-                slots < end,
-                dims,
-                (k_page_stride, k_slot_stride),
-                (v_page_stride, v_slot_stride),
-                v_scale,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                QUANTISED,
-                q.dtype,
-            )
-            own = slots - context_len
-            is_own = (own >= 0) & (slots < end)
-            word = ancestor_bits_ptr + place[:, None] * NUM_WORDS + (own >> 5)[None, :]
-            in_block = in_tree[:, None] & (is_own & (own < tree_rows))[None, :]
-            bits = tl.load(word, mask=in_block, other=0)
-            seen = (bits >> (own & 31)[None, :]) & 1
-            causal = (own[None, :] <= row[:, None]).to(tl.int32)
-            seen = tl.where(in_tree[:, None], seen, causal)
-            visible = (own < 0)[None, :] | (is_own[None, :] & (seen > 0))
+            visible = exists[None, :]
             if WINDOW > 0:
-                is_node = is_own & (own < tree_rows)
-                own_depth = tl.load(depth_ptr + line * NUM_ROWS + own, mask=is_node, other=0)
-                position = tl.where(is_node, own_depth, own)
-                visible &= depth[:, None] - position[None, :] < WINDOW
-            split_peak, split_total, split_acc = _attend(
-                q,
-                k,
-                v,
-                visible,
-                split_peak,
-                split_total,
-                split_acc,
-                page_scale,
-                softcap,
-                True,
-                SOFTCAP,
+                visible &= (context_len + depth)[:, None] - slots[None, :] < WINDOW
+            peak, total, acc = _attend(
+                q, k, v, visible, peak, total, acc, page_scale, softcap, SOFTCAP
             )
         if PARALLEL:
-            at = (split * num_partial_rows + request * NUM_ROWS + row).to(tl.int64)
-            at = at * (NUM_KV_HEADS * GROUP) + q_head
-            tl.store(partial_stats_ptr + at, split_peak, mask=row_exists)
-            tl.store(partial_stats_ptr + stats_size + at, split_total, mask=row_exists)
-            partial = partial_acc_ptr + at[:, None] * HEAD_SIZE + dims[None, :]
-            tl.store(partial, split_acc, mask=tile_mask)
+            _store_partial(
+                partial_acc_ptr,
+                partial_stats_ptr,
+                stats_size,
+                partial_row + (split + 1).to(tl.int64) * part_size,
+                dims,
+                peak,
+                total,
+                acc,
+                row_exists,
+                HEAD_SIZE,
+            )
         else:
-            peak, total, acc = _merge(peak, total, acc, split_peak, split_total, split_acc)
-    if not PARALLEL:
-        # A padding row behind its line sees the context only; without any, nothing.
-        result = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
-        out_rows = out_ptr + (start + row).to(tl.int64) * out_row_stride + q_head * out_head_stride
-        out_tile = out_rows[:, None] + dims[None, :]
-        tl.store(out_tile, result.to(out_ptr.dtype.element_ty), mask=tile_mask)
+            if first_split < last_split:
+                merged_peak, merged_total, merged_acc = _merge(
+                    merged_peak, merged_total, merged_acc, peak, total, acc
+                )
+            # A padding row of a block sees the context only; without any, nothing.
+            result = tl.where(merged_total[:, None] > 0, merged_acc / merged_total[:, None], 0.0)
+            out_rows = out_ptr + (start + row).to(tl.int64) * out_row_stride
+            out_tile = (out_rows + q_head * out_head_stride)[:, None] + dims[None, :]
+            tl.store(out_tile, result.to(out_ptr.dtype.element_ty), mask=tile_mask)
 
 
 @triton.jit
@@ -366,30 +520,36 @@ def combine_splits_kernel(
     NUM_ROWS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    PER_DOUBLING: tl.constexpr,
 ):
-    """Partial results of one row, a few query heads, merged in the order of positions."""
+    """Partial results of one row, a few query heads, merged in the order of parts."""
     row, request = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_start_ptr + request)
     num_queries = tl.load(query_start_ptr + request + 1) - start
-    if (row >= num_queries) | (num_queries > NUM_ROWS):
+    if row >= num_queries:
         return
-    num_splits = tl.cdiv(tl.load(seq_len_ptr + request), SPLIT)
+    context_len = tl.load(seq_len_ptr + request) - num_queries
+    _, first_split, last_split = _splits_seen(context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING)
     head = tl.program_id(2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dims = tl.arange(0, BLOCK_D)
     exists = head < NUM_HEADS
     tile_mask = exists[:, None] & (dims < HEAD_SIZE)[None, :]
-    peak = tl.full([BLOCK_HEADS], NEG_INF, tl.float32)
-    total = tl.zeros([BLOCK_HEADS], tl.float32)
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_D], tl.float32)
-    for split in range(0, num_splits):
-        at = (split * num_partial_rows + request * NUM_ROWS + row).to(tl.int64) * NUM_HEADS + head
-        split_peak = tl.load(partial_stats_ptr + at, mask=exists, other=NEG_INF)
-        split_total = tl.load(partial_stats_ptr + stats_size + at, mask=exists, other=0.0)
-        split_acc = tl.load(
-            partial_acc_ptr + at[:, None] * HEAD_SIZE + dims[None, :], mask=tile_mask, other=0.0
-        )
-        peak, total, acc = _merge(peak, total, acc, split_peak, split_total, split_acc)
+    first = (request * NUM_ROWS + row).to(tl.int64) * NUM_HEADS + head
+    stats, accs = partial_stats_ptr + first, partial_acc_ptr + first[:, None] * HEAD_SIZE
+    accs += dims[None, :]
+    part_size = num_partial_rows.to(tl.int64) * NUM_HEADS
+    peak = tl.load(stats, mask=exists, other=NEG_INF)
+    total = tl.load(stats + stats_size, mask=exists, other=0.0)
+    acc = tl.load(accs, mask=tile_mask, other=0.0)
+    for split in tl.range(first_split, last_split, num_stages=COMBINE_STAGES):
+        at = (split + 1) * part_size
+        part_peak = tl.load(stats + at, mask=exists, other=NEG_INF)
+        part_total = tl.load(stats + stats_size + at, mask=exists, other=0.0)
+        part_acc = tl.load(accs + at * HEAD_SIZE, mask=tile_mask, other=0.0)
+        peak, total, acc = _merge(peak, total, acc, part_peak, part_total, part_acc)
     result = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
     out_rows = out_ptr + (start + row).to(tl.int64) * out_row_stride + head * out_head_stride
     tl.store(out_rows[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=tile_mask)

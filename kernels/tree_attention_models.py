@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from .attention_config import ANY_LENGTH, AttentionConfig
-from .checks import TRITON_TYPES
+from .attention_config import AttentionConfig
+from .checks import QUANTISED_TYPES, TRITON_TYPES
 from .shipped import TARGETS, Shipped
 from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
 
-QUANTISED_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
-# Query heads that one program of `combine_splits_kernel` merges.
-COMBINE_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -34,13 +30,12 @@ class _Model:
     softcap: bool = False
     sinks: bool = False
     block_size: int = 16
-    max_seq_len: int = 32768
 
 
 _MODELS = (
     _Model("Llama-3-8B R4", 4, 128, torch.bfloat16, 4),
     _Model("Llama-3-8B R16", 4, 128, torch.bfloat16, 16),
-    _Model("Llama-3-8B fp16 R52", 4, 128, torch.float16, 52, max_seq_len=131072),
+    _Model("Llama-3-8B fp16 R52", 4, 128, torch.float16, 52),
     _Model("Llama-3-8B fp8 KV R16", 4, 128, torch.bfloat16, 16, torch.float8_e4m3fn),
     _Model("Llama-3-8B fp16 fp8 KV R52", 4, 128, torch.float16, 52, torch.float8_e4m3fn),
     _Model("SmolLM2-135M fp8 KV R16", 3, 64, torch.bfloat16, 16, torch.float8_e4m3fn),
@@ -67,7 +62,7 @@ def shipped() -> list[Shipped]:
 
 def _config(model: _Model) -> AttentionConfig:
     return AttentionConfig.choose(
-        model.head_size, model.dtype, model.group, model.num_rows, model.max_seq_len
+        model.head_size, model.dtype, model.group, model.num_rows, num_kv_heads=8
     )
 
 
@@ -91,7 +86,8 @@ def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
         given |= dict.fromkeys(names, pointer) if present else {}
         absent |= {} if present else dict.fromkeys(names)
     constants = {
-        **_shape_constants(model, parallel),
+        **_shape_constants(model),
+        "PARALLEL": parallel,
         "SOFTCAP": model.softcap,
         "SINKS": model.sinks,
         "QUANTISED_QUERY": quantised,
@@ -113,11 +109,11 @@ def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
         num_stages=config.num_stages,
         divisible=tuple(name for name in rest if name.endswith("_stride")),
         tensor_cores=model.dtype != torch.float32,
-        targets=(90, 100) if cache == "*fp8e4nv" else TARGETS,
+        targets=tuple(sm for sm in TARGETS if sm >= 89 or cache != "*fp8e4nv"),
     )
 
 
-def _shape_constants(model: _Model, parallel: bool) -> dict[str, int]:
+def _shape_constants(model: _Model) -> dict[str, int]:
     return _config(model).constants(
         num_kv_heads=8,
         group=model.group,
@@ -126,9 +122,6 @@ def _shape_constants(model: _Model, parallel: bool) -> dict[str, int]:
         head_size=model.head_size,
         block_size=model.block_size,
         window=model.window,
-        parallel=parallel,
-        min_queries=1,
-        max_queries=model.num_rows if parallel else ANY_LENGTH,
     )
 
 
@@ -144,13 +137,11 @@ def _shipped_combine(model: _Model) -> Shipped:
         name=f"{model.name} combine",
         kernel=combine_splits_kernel,
         signature=pointers | dict.fromkeys(integers, "i32"),
-        constexprs={
-            "NUM_HEADS": 8 * model.group,
-            "BLOCK_HEADS": COMBINE_HEADS,
-            "NUM_ROWS": model.num_rows,
-            "HEAD_SIZE": model.head_size,
-            "BLOCK_D": triton.next_power_of_2(model.head_size),
-            "SPLIT": config.split,
-        },
+        constexprs=config.combine_constants(
+            num_q_heads=8 * model.group,
+            num_rows=model.num_rows,
+            head_size=model.head_size,
+            window=model.window,
+        ),
         divisible=("out_row_stride", "out_head_stride"),
     )

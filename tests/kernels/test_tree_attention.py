@@ -32,8 +32,10 @@ class Case:
         table = TemplateTable(fixed.get("template") or random_template(rng))
         num_requests = int(rng.integers(1, 4))
         line = rng.integers(-1, len(table.num_rows), num_requests)
-        whole = np.where(line >= 0, table.num_rows[line], rng.integers(1, 12, num_requests))
-        padded = np.where(line >= 0, table.template.num_rows, whole)
+        most = table.template.num_rows
+        causal = rng.integers(1, most + 1, num_requests)
+        whole = np.where(line >= 0, table.num_rows[line], causal)
+        padded = np.where(line >= 0, most, whole)
         num_queries = np.where(rng.random(num_requests) < 0.3, padded, whole)
         cut = rng.random(num_requests) < 0.3
         num_queries = np.where(cut, rng.integers(1, num_queries + 1), num_queries)
@@ -98,8 +100,10 @@ class Case:
         query, keys, table = (self.arguments[n] for n in ("query", "key_cache", "table"))
         group = query.shape[1] // keys.shape[2]
         dtype = self.arguments["prompt_keys"].dtype
-        config = AttentionConfig.choose(keys.shape[3], dtype, group, table.num_rows, 4096)
-        return replace(config, block_m=64, block_n=32, split=64, **changes)
+        config = AttentionConfig.choose(
+            keys.shape[3], dtype, group, table.num_rows, num_kv_heads=keys.shape[2]
+        )
+        return replace(config, block_m=64, block_n=32, split=32, per_doubling=2, **changes)
 
     def run(self, parallel: bool = False, config: AttentionConfig | None = None) -> torch.Tensor:
         query, line, table = (self.arguments[n] for n in ("query", "line", "table"))

@@ -1,0 +1,103 @@
+"""What `tree_attention` refuses: shapes, dtypes, strides, devices and numbers that do not fit."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from .attention_config import AttentionConfig
+from .checks import QUANTISED_TYPES, TRITON_TYPES, check_tensor
+from .tree_table import TreeTable
+
+HEAD_SIZES = range(16, 257, 16)
+
+
+def check_arguments(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    line: torch.Tensor,
+    table: TreeTable,
+    prompt_keys: torch.Tensor,
+    prompt_values: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    config: AttentionConfig,
+    max_query_len: int,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for the first of `tree_attention`'s arguments that does not fit the others."""
+    device, num_requests = query.device, line.shape[0] if line.dim() else 0
+    query_types = [*TRITON_TYPES, *QUANTISED_TYPES]
+    check_tensor("query", query, [None, None, None], query_types, device, contiguous=False)
+    out_types = list(TRITON_TYPES) if query.dtype in QUANTISED_TYPES else [query.dtype]
+    check_tensor("out", out, query.shape, out_types, device, contiguous=False)
+    num_rows, num_q_heads, head_size = query.shape
+    check_tensor(
+        "table.ancestor_bits", table.ancestor_bits, [None, None, None], [torch.int32], device
+    )
+    if head_size not in HEAD_SIZES:
+        raise ValueError(f"query has head size {head_size}, expected a multiple of 16 up to 256.")
+    cache_types = [out.dtype, *QUANTISED_TYPES]
+    cache_shape = [None, None, None, head_size]
+    check_tensor("key_cache", key_cache, cache_shape, cache_types, device, contiguous=False)
+    check_tensor(
+        "value_cache", value_cache, key_cache.shape, [key_cache.dtype], device, contiguous=False
+    )
+    num_kv_heads = key_cache.shape[2]
+    if num_kv_heads == 0 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"query has {num_q_heads} heads, expected a multiple of key_cache's {num_kv_heads}."
+        )
+    integers = [torch.int32]
+    check_tensor(
+        "block_table", block_table, [num_requests, None], integers, device, contiguous=False
+    )
+    check_tensor("query_start", query_start, [num_requests + 1], integers, device)
+    check_tensor("seq_lens", seq_lens, [num_requests], integers, device)
+    check_tensor("line", line, [num_requests], integers, device)
+    check_tensor("table.depth", table.depth, [None, None], integers, device)
+    prompt_shape = [None, num_kv_heads, head_size]
+    check_tensor("prompt_keys", prompt_keys, prompt_shape, [out.dtype], device)
+    check_tensor("prompt_values", prompt_values, prompt_keys.shape, [out.dtype], device)
+    if sinks is not None:
+        check_tensor("sinks", sinks, [num_q_heads], list(TRITON_TYPES), device)
+    for name, given, scaled in (
+        ("q_scale", q_scale, query),
+        ("k_scale", k_scale, key_cache),
+        ("v_scale", v_scale, value_cache),
+    ):
+        quantised = scaled.dtype in QUANTISED_TYPES
+        if quantised != (given is not None):
+            expected = "one fp32 number" if quantised else "None"
+            raise ValueError(
+                f"{name} is {'None' if given is None else 'given'}, expected {expected} where "
+                f"what it scales is {scaled.dtype}."
+            )
+        if given is not None and (given.numel() != 1 or given.dtype != torch.float32):
+            raise ValueError(
+                f"{name} has {given.numel()} numbers of {given.dtype}, expected one of torch.float32."
+            )
+    for name, number, least, most in (
+        ("max_query_len", max_query_len, 1, min(table.num_rows, max(num_rows, 1))),
+        ("window", window, 0, math.inf),
+        ("softcap", softcap, 0, math.inf),
+        ("scale", scale, sys.float_info.min, math.inf),
+    ):
+        if not least <= number <= most:
+            raise ValueError(f"{name} is {number}, expected {least} to {most}.")
+    if config.split % config.block_n:
+        raise ValueError(
+            f"config has splits of {config.split} slots, expected a multiple of its tile's {config.block_n}."
+        )
