@@ -195,7 +195,7 @@ def _own_part(
         peak = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2E
         total += 1.0
     if has_tree:
-        for first in tl.range(0, NUM_PROMPT, BLOCK_N, num_stages=1):
+        for first in range(0, NUM_PROMPT, BLOCK_N):
             prompt = first + tl.arange(0, BLOCK_N)
             at = (prompt * NUM_KV_HEADS + kv_head) * HEAD_SIZE
             exists, inside = prompt < NUM_PROMPT, dims < HEAD_SIZE
@@ -208,7 +208,7 @@ def _own_part(
                 q, k, v, visible, peak, total, acc, scale, softcap, SOFTCAP
             )
     row_exists = row < num_queries
-    for first in tl.range(0, num_queries, BLOCK_N, num_stages=1):
+    for first in range(0, num_queries, BLOCK_N):
         own = first + tl.arange(0, BLOCK_N)
         # A graph is captured with sequences shorter than their rows.
         exists = (own < num_queries) & (context_len + own >= 0)
@@ -447,14 +447,16 @@ def tree_attention_kernel(
             begin, end = _split_bounds(split, SPLIT, PER_DOUBLING)
             begin, end = tl.maximum(begin, first_slot), tl.minimum(end, context_len)
         for first in range(begin, end, BLOCK_N):
-            if not PARALLEL:  # noqa: SIM102 (a compile-time condition, then one that is not)
-                if first == boundary:
-                    merged_peak, merged_total, merged_acc = _merge(
-                        merged_peak, merged_total, merged_acc, peak, total, acc
-                    )
-                    peak, total, acc = _empty(BLOCK_M, BLOCK_D)
-                    split += 1
-                    _, boundary = _split_bounds(split, SPLIT, PER_DOUBLING)
+            if not PARALLEL:
+                # A split ends here: without a branch, so that loads keep running ahead.
+                ends = first == boundary
+                merged_peak, merged_total, merged_acc = _merge(
+                    merged_peak, merged_total, merged_acc, tl.where(ends, peak, NEG_INF), total, acc
+                )
+                # Forgets total and acc, too: the next tile multiplies them by zero.
+                peak = tl.where(ends, NEG_INF, peak)
+                split += ends.to(tl.int32)
+                _, boundary = _split_bounds(split, SPLIT, PER_DOUBLING)
             slots = first + tl.arange(0, BLOCK_N)
             exists = slots < end
             k, v = _pages(
