@@ -53,7 +53,11 @@ def longest(case: Case) -> int:
 def attention_config(case: Case) -> AttentionConfig:
     """The tiles and splits of an engine that serves `max_model_len`."""
     return AttentionConfig.choose(
-        case.shape.head_size, case.dtype, case.group, case.num_rows, longest(case)
+        case.shape.head_size,
+        case.dtype,
+        case.group,
+        case.num_rows,
+        num_kv_heads=case.shape.num_kv_heads,
     )
 
 

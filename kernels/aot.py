@@ -42,6 +42,7 @@ KERNEL_FILES = (
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # HMMA/IMMA/QMMA: mma.sync (sm_80 and later); HGMMA/QGMMA: wgmma (sm_90); UTC?MMA: tcgen05 (sm_100).
 TENSOR_CORE = re.compile(r"\b(?:UTC\w*MMA|[HIQD]G?MMA)\b")
+BUFFERED_TILE = re.compile(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Compiled:
         shared: bytes per block. `tensor_memory`: columns per block (sm_100).
         needs_tensor_cores: whether the configuration must use them.
         tensor_core: where it must, their instructions and how often each occurs, "" for none.
-        occupancy: resident warps per SM over the most there can be, by registers and shared memory.
+        buffers: tiles of K and of V in shared memory, all but one of them on their way; 0: no such loop.
+        programs: resident per SM, by registers and shared memory.
+        occupancy: their warps over the most there can be.
     """
 
     kernel: str
@@ -90,6 +93,8 @@ class Compiled:
     tensor_memory: int
     needs_tensor_cores: bool
     tensor_core: str
+    buffers: int
+    programs: int
     occupancy: float
 
 
@@ -142,6 +147,7 @@ def compile_one(kernel_file: str, shipped: Shipped, sm: int) -> Compiled:
     # Warp-specialised kernels run more warps than asked for.
     warps = getattr(compiled.metadata, "total_num_warps", None) or shipped.num_warps
     shared = compiled.metadata.shared
+    programs = resident_programs(LIMITS[sm], warps, registers, shared)
     return Compiled(
         kernel=kernel_file,
         configuration=shipped.name,
@@ -154,7 +160,9 @@ def compile_one(kernel_file: str, shipped: Shipped, sm: int) -> Compiled:
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         needs_tensor_cores=shipped.tensor_cores,
         tensor_core=instructions,
-        occupancy=occupancy(LIMITS[sm], warps, registers, shared),
+        buffers=num_buffers(compiled.asm["ttgir"]),
+        programs=programs,
+        occupancy=programs * warps / LIMITS[sm].warps,
     )
 
 
@@ -173,13 +181,17 @@ def read_cubin(cubin: bytes, look_for_tensor_cores: bool) -> tuple[int, int, str
     return resource["REG"], resource["STACK"] + resource["LOCAL"], ", ".join(counts)
 
 
-def occupancy(limits: Limits, warps: int, registers: int, shared: int) -> float:
+def num_buffers(ttgir: str) -> int:
+    """The most buffers of one tile: a pipelined load's allocation has their number in front of the shape."""
+    return max(map(int, BUFFERED_TILE.findall(ttgir)), default=0)
+
+
+def resident_programs(limits: Limits, warps: int, registers: int, shared: int) -> int:
     """Registers are handed out to warps in units of 256, shared memory in KiB (near enough)."""
     registers_of_warp = -(-registers * 32 // 256) * 256
     by_registers = limits.registers // registers_of_warp // warps
     by_shared = limits.shared_per_sm // (shared + RESERVED_SHARED)
-    blocks = min(limits.blocks, limits.warps // warps, by_registers, by_shared)
-    return blocks * warps / limits.warps
+    return min(limits.blocks, limits.warps // warps, by_registers, by_shared)
 
 
 def compile_all(kernel_files: Iterable[str], targets: Iterable[int]) -> Iterator[Compiled]:

@@ -61,7 +61,14 @@ class AttentionConfig:
             num_rows: R of the template.
             num_kv_heads: Hkv of this rank.
         """
-        block_m, block_n, warps, stages = 64, 32, 8, 5
+        wide = head_size > 128
+        packed = triton.next_power_of_2(num_rows * group)
+        if dtype == torch.float32:  # no tensor cores
+            block_m, block_n, warps, stages = 16, 16, 8, 2
+        else:
+            block_m = min(max(packed, 16), 32 if wide else 128)
+            block_n, stages = 16 if wide else 32, 7
+            warps = 4 if block_m <= 32 and not wide else 8
         tiles = triton.cdiv(num_rows * group, block_m)
         splits = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_kv_heads * tiles))
         per_doubling = min(max(splits // 2, 2), 32)

@@ -90,13 +90,18 @@ def check_arguments(
                 f"{name} has {given.numel()} numbers of {given.dtype}, expected one of torch.float32."
             )
     for name, number, least, most in (
-        ("max_query_len", max_query_len, 1, min(table.num_rows, max(num_rows, 1))),
+        ("max_query_len", max_query_len, 1, max(num_rows, 1)),
         ("window", window, 0, math.inf),
         ("softcap", softcap, 0, math.inf),
         ("scale", scale, sys.float_info.min, math.inf),
     ):
         if not least <= number <= most:
             raise ValueError(f"{name} is {number}, expected {least} to {most}.")
+    if max_query_len > table.num_rows:
+        raise ValueError(
+            f"max_query_len is {max_query_len}, expected at most the table's {table.num_rows} rows: "
+            "prefill is for other kernels."
+        )
     if config.split % config.block_n:
         raise ValueError(
             f"config has splits of {config.split} slots, expected a multiple of its tile's {config.block_n}."

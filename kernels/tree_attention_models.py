@@ -34,7 +34,9 @@ class _Model:
 
 _MODELS = (
     _Model("Llama-3-8B R4", 4, 128, torch.bfloat16, 4),
+    _Model("Llama-3-8B R8", 4, 128, torch.bfloat16, 8),
     _Model("Llama-3-8B R16", 4, 128, torch.bfloat16, 16),
+    _Model("Llama-3-8B R24", 4, 128, torch.bfloat16, 24),
     _Model("Llama-3-8B fp16 R52", 4, 128, torch.float16, 52),
     _Model("Llama-3-8B fp8 KV R16", 4, 128, torch.bfloat16, 16, torch.float8_e4m3fn),
     _Model("Llama-3-8B fp16 fp8 KV R52", 4, 128, torch.float16, 52, torch.float8_e4m3fn),
@@ -56,7 +58,7 @@ _MODELS = (
 def shipped() -> list[Shipped]:
     """Models that DESIGN names, and the corners of what is supported; splits side by side and in turn."""
     return [_shipped_kernel(model, parallel) for model in _MODELS for parallel in (False, True)] + [
-        _shipped_combine(model) for model in _MODELS[1:2] + _MODELS[-2:-1]
+        _shipped_combine(model) for model in _MODELS[2:3] + _MODELS[-2:-1]
     ]
 
 

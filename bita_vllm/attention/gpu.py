@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.tree_attention import Workspace, tree_attention
 from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
     from bita_vllm.runner.gpu_trees import StepTrees
-
-PROGRAMS_PER_PROCESSOR = 2
-MAX_WORKSPACE_BYTES = 2**28
 
 
 class TreeTritonAttentionBackend(TritonAttentionBackend):
@@ -169,56 +165,3 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
             **scales,
             workspace=self._workspace_for(num_requests, trees, blocks.max_seq_len),
         )
-
-
-class SharedWorkspaces:
-    """One workspace for all layers of an attention shape; layers run one after the other.
-
-    Big enough for as many requests as it takes to fill the machine without splits, and not bigger than
-    MAX_WORKSPACE_BYTES.
-    """
-
-    def __init__(
-        self, num_rows: int, max_num_reqs: int, max_seq_len: int, device: torch.device
-    ) -> None:
-        self._num_rows, self._max_num_reqs, self._device = num_rows, max_num_reqs, device
-        self._max_seq_len = max_seq_len
-        self._made: dict[tuple[int, int, AttentionConfig], Workspace | None] = {}
-
-    def of(self, impl: TreeTritonAttentionImpl) -> Workspace | None:
-        """The one for a layer, or None if its longest sequence is one split."""
-        key = (impl.num_heads, impl.head_size, impl.config)
-        if key not in self._made:
-            self._made[key] = self._make(impl)
-        return self._made[key]
-
-    def _make(self, impl: TreeTritonAttentionImpl) -> Workspace | None:
-        config, splits = impl.config, impl.config.num_splits(self._max_seq_len)
-        if splits == 1:
-            return None
-        tiles = triton.cdiv(self._num_rows * impl.num_queries_per_kv, config.block_m)
-        programs = tiles * impl.num_kv_heads  # of a request, without splits
-        row_bytes = splits * impl.num_heads * (impl.head_size + 2) * 4
-        num_requests = min(
-            self._max_num_reqs,
-            triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(self._device), programs),
-            MAX_WORKSPACE_BYTES // (row_bytes * self._num_rows),
-        )
-        if num_requests == 0:
-            return None
-        return Workspace.empty(
-            config,
-            num_requests,
-            self._num_rows,
-            impl.num_heads,
-            impl.head_size,
-            self._max_seq_len,
-            self._device,
-        )
-
-
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

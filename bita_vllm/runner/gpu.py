@@ -33,12 +33,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from bita_vllm.adapter import AdapterConfig
 from bita_vllm.attention.gpu import (
-    SharedWorkspaces,
     TreeTritonAttentionBackend,
     TreeTritonAttentionImpl,
 )
 from bita_vllm.attention.gpu_metadata import StepSplit
 from bita_vllm.attention.plain import flash_attention
+from bita_vllm.attention.workspaces import SharedWorkspaces
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
@@ -188,7 +188,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             self.dtype,
             impl.num_queries_per_kv,
             self.settings.template.num_rows,
-            self.max_model_len,
+            num_kv_heads=impl.num_kv_heads,
         )
 
     def initialize_kv_cache(

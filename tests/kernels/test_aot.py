@@ -1,4 +1,4 @@
-"""Every shipped configuration, compiled for sm_80, sm_90 and sm_100 without a GPU.
+"""Every shipped configuration, compiled for all targets without a GPU.
 
 In a process of its own: this one has imported the kernels for the interpreter. Triton's cache makes a
 second run a matter of seconds.
@@ -12,7 +12,7 @@ from ast import literal_eval
 from pathlib import Path
 
 import pytest
-from bita_kernels.aot import LIMITS, occupancy
+from bita_kernels.aot import LIMITS, resident_programs
 from bita_kernels.shipped import TARGETS
 
 FORCED_SPILL = """
@@ -94,18 +94,29 @@ def test_compiling_in_the_interpreter_says_what_to_do():
         compile_one("accept_tree", shipped()[0], 90)
 
 
+@pytest.mark.slow
+def test_keys_and_values_of_two_tiles_are_on_their_way(compiled):
+    """One tile is worked on; with a single one behind it, loads wait for memory and memory for loads."""
+    context = [row for row in compiled if "splits" in row["configuration"]]
+    on_tensor_cores = [row for row in context if row["needs_tensor_cores"] == "True"]
+    assert len(on_tensor_cores) > 100
+    assert not offenders(on_tensor_cores, lambda row: int(row["buffers"]) < 3)
+
+
 @pytest.mark.parametrize(
-    ("warps", "registers", "shared", "expected"),
+    ("sm", "warps", "registers", "shared", "expected"),
     [
-        (4, 32, 0, 1.0),  # 64 warps x 32 threads x 32 registers = all there are
-        (4, 128, 0, 0.25),  # registers for 16 of 64 warps
-        (4, 33, 0, 48 / 64),  # handed out by 8 a thread: 40, so 12 blocks
-        (8, 64, 100 * 1024, 16 / 64),  # shared memory for two blocks
-        (1, 16, 0, 0.5),  # 32 blocks of one warp
+        (90, 4, 32, 0, 16),  # 16 x 4 warps x 32 threads x 32 registers = all there are
+        (90, 4, 128, 0, 4),  # registers for 16 of 64 warps
+        (90, 4, 33, 0, 12),  # handed out by 8 a thread: 40, so 12 blocks
+        (90, 8, 64, 100 * 1024, 2),  # shared memory for two blocks
+        (90, 1, 16, 0, 32),  # 32 blocks of one warp
+        (89, 8, 64, 60 * 1024, 1),  # 100 KiB of shared memory
+        (120, 8, 32, 0, 6),  # 48 warps
     ],
 )
-def test_occupancy_of_known_cases(warps, registers, shared, expected):
-    assert occupancy(LIMITS[90], warps, registers, shared) == pytest.approx(expected)
+def test_resident_programs_of_known_cases(sm, warps, registers, shared, expected):
+    assert resident_programs(LIMITS[sm], warps, registers, shared) == expected
 
 
 def test_kernels_import_nothing_but_torch_and_triton():

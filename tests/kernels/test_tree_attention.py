@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from bita_kernels import tree_attention as tree_attention_module
 from bita_kernels.attention_config import AttentionConfig
 from bita_kernels.tree_attention import Workspace, tree_attention
 from bita_kernels.tree_attention_naive import tree_attention_naive
@@ -39,7 +40,7 @@ class Case:
         num_queries = np.where(rng.random(num_requests) < 0.3, padded, whole)
         cut = rng.random(num_requests) < 0.3
         num_queries = np.where(cut, rng.integers(1, num_queries + 1), num_queries)
-        context = rng.integers(0, pick("context", 3, 40, 150), num_requests)
+        context = rng.integers(0, pick("context", 3, 40, 300), num_requests)
         block_size = pick("block_size", 16, 32, 48)
         group, num_kv_heads = pick("group", 1, 3, 4), pick("heads", 1, 2)
         head_size = pick("head_size", 16, 64, 80)
@@ -105,7 +106,12 @@ class Case:
         )
         return replace(config, block_m=64, block_n=32, split=32, per_doubling=2, **changes)
 
-    def run(self, parallel: bool = False, config: AttentionConfig | None = None) -> torch.Tensor:
+    def run(
+        self,
+        parallel: bool = False,
+        config: AttentionConfig | None = None,
+        programs: int | None = None,
+    ) -> torch.Tensor:
         query, line, table = (self.arguments[n] for n in ("query", "line", "table"))
         config = config or self.config()
         counts = self.arguments["query_start"].diff()
@@ -120,6 +126,8 @@ class Case:
             )
             workspace.acc.fill_(NAN)
             workspace.stats.fill_(NAN)
+            if programs:
+                workspace = replace(workspace, programs=programs)
         out = torch.full_like(query, NAN, dtype=self.arguments["prompt_keys"].dtype)
         tree_attention(
             **self.arguments, out=out, config=config, workspace=workspace, **lengths, **self.options
@@ -200,7 +208,7 @@ def test_largest_block_and_cache_blocks(block_size):
         1, template=template, block_size=block_size, context=900, group=1, heads=1, head_size=16
     )
     case.arguments["line"].fill_(template.max_depth)
-    config = replace(case.config(), block_n=128, split=512)
+    config = replace(case.config(), block_n=128, split=256)
     assert error(case.run(parallel=True, config=config), case.naive()) < 1e-5
 
 
@@ -222,13 +230,61 @@ def test_fp8_queries_and_cache_of_a_bf16_model():
     assert worst < 1e-2
 
 
-def test_shipped_tiles_and_splits():
-    """The configuration that an engine would take, a context over several of its splits."""
-    case = Case.random(3, context=1300, head_size=64, group=3, heads=1, block_size=48)
-    config = AttentionConfig.choose(64, torch.float32, 3, case.arguments["table"].num_rows, 2048)
-    assert config.split == 512
+@pytest.mark.parametrize("rows", [4, 16])
+def test_shipped_tiles_and_splits(rows):
+    """The configuration that an engine would take, a context over several doublings of its splits."""
+    template = Template.build([(0, 0)], {0: 1, 1: rows - 3})
+    case = Case.random(
+        3, template=template, context=1300, head_size=64, group=4, heads=1, block_size=48
+    )
+    config = AttentionConfig.choose(64, torch.bfloat16, 4, rows, num_kv_heads=64)
+    assert config.block_m == 4 * rows
+    assert config.num_splits(1300) > 2 * config.per_doubling
     for parallel in (False, True):
         assert error(case.run(parallel, config), case.naive()) < 1e-5
+
+
+def test_splits_have_a_fixed_place():
+    """The context so far says where a split ends, never the longest sequence; few at any length."""
+    config = AttentionConfig.choose(128, torch.bfloat16, 4, 16, num_kv_heads=8)
+    counts = [config.num_splits(n) for n in range(1, 20000)]
+    assert counts[: 2 * config.split] == [1] * config.split + [2] * config.split
+    assert set(np.diff(counts)) == {0, 1}
+    assert config.num_splits(2**20) < 100
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16, 24, 52])
+@pytest.mark.parametrize("slots", [1000, 8000, 131072])
+def test_one_request_fills_a_gpu(rows, slots):
+    """Llama-3-8B: programs with work, where splits run side by side; nothing follows from max_model_len."""
+    config = AttentionConfig.choose(128, torch.bfloat16, 4, rows, num_kv_heads=8)
+    tiles = 8 * math.ceil(4 * rows / config.block_m)
+    assert tiles * config.num_splits(slots) >= 128
+
+
+@pytest.mark.parametrize("programs", [1, 3, 100])
+def test_programs_of_a_launch_do_not_change_the_result(programs):
+    case = Case.random(5, context=300, template=Template.build([(0, 0), (0, 1)], {0: 2}))
+    used = slice(int(case.arguments["query_start"][-1]))
+    assert torch.equal(case.run(parallel=True, programs=programs)[used], case.run()[used])
+
+
+def test_arguments_are_checked_once_for_a_layout(monkeypatch):
+    checked = []
+    whole = tree_attention_module.check_arguments
+    monkeypatch.setattr(
+        tree_attention_module,
+        "check_arguments",
+        lambda *args, **kwargs: checked.append(whole(*args, **kwargs)),
+    )
+    monkeypatch.setattr(tree_attention_module, "_plans", {})
+    case = Case.random(5)
+    for parallel in (False, True, False):
+        case.run(parallel)
+    assert len(checked) == 1
+    longer = {**case.arguments, "query": torch.cat([case.arguments["query"]] * 2)}
+    Case(longer, case.options).run()
+    assert len(checked) == 2
 
 
 @pytest.mark.slow
@@ -285,6 +341,18 @@ BAD = {
     "window": (lambda c: {"window": -1}, "window is -1"),
     "longest": (lambda c: {"max_seq_len": 10**6}, "max_seq_len is 1000000"),
     "rows": (lambda c: {"max_query_len": 0}, "max_query_len is 0"),
+    "prefill": (
+        lambda c: {
+            "max_query_len": c["table"].num_rows + 1,
+            **{n: torch.cat([c["query"]] * 9) for n in ("query", "out")},
+        },
+        "prefill is for other kernels",
+    ),
+    "scale": (lambda c: {"scale": -1.0}, "scale is -1.0"),
+    "workspace": (
+        lambda c: {"workspace": Workspace(torch.empty(3), torch.empty(2), 1)},
+        "workspace holds 3 numbers",
+    ),
     "softcap": (lambda c: {"softcap": math.nan}, "softcap is nan"),
     "sinks": (lambda c: {"sinks": torch.ones(1)}, "sinks has shape"),
     "split": (lambda c: {"config": replace(c["config"], split=24)}, "multiple of its tile's 32"),
