@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-MIN_SPLIT = 64
+MIN_SPLIT = 128
 # Programs of one request that fill a large GPU (80 to 150 SMs).
 PROGRAMS = 128
 # Query heads that one program of `combine_splits_kernel` merges.
@@ -61,12 +61,16 @@ class AttentionConfig:
             num_rows: R of the template.
             num_kv_heads: Hkv of this rank.
         """
+        # What `python -m bita_kernels.aot` shows for all targets: nothing spills (128 rows would, with
+        # splits in turn), shared memory stays below 99 KiB (sm_89, sm_120), and two or three tiles of
+        # keys and values are on their way while one is worked on. Triton spreads the stages over two
+        # loads, as a page's number comes before its keys: 7 stages are 3 or 4 buffers.
         wide = head_size > 128
-        packed = triton.next_power_of_2(num_rows * group)
         if dtype == torch.float32:  # no tensor cores
-            block_m, block_n, warps, stages = 16, 16, 8, 2
+            block_m, block_n, warps, stages = 16, 16, 8 if wide else 4, 2
         else:
-            block_m = min(max(packed, 16), 32 if wide else 128)
+            packed = triton.next_power_of_2(num_rows * group)
+            block_m = min(max(packed, 16), 32 if wide else 64)
             block_n, stages = 16 if wide else 32, 7
             warps = 4 if block_m <= 32 and not wide else 8
         tiles = triton.cdiv(num_rows * group, block_m)

@@ -4,7 +4,6 @@ A request's keys come in parts, each with a softmax of its own that starts empty
 prompt tokens, own rows), then the splits of the committed context (attention_config.py says where they
 begin). The parts are merged in this order: in one program (`PARALLEL` off), or by
 `combine_splits_kernel` from partial results. Both do the same operations in the same order.
-Scores are kept in base 2.
 """
 
 from __future__ import annotations
@@ -12,242 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-NEG_INF = tl.constexpr(float("-inf"))
+from .tree_attention_parts import (
+    NEG_INF,
+    attend,
+    empty,
+    load_pages,
+    merge,
+    own_part,
+    split_bounds,
+    splits_seen,
+)
+
 # Partial results that `combine_splits_kernel` has under way.
 COMBINE_STAGES = tl.constexpr(4)
-
-
-@triton.jit
-def _attend(
-    # [BLOCK_M, BLOCK_D]
-    q,
-    # [BLOCK_D, n]
-    k,
-    # [n, BLOCK_D]
-    v,
-    # [BLOCK_M, n] bool
-    visible,
-    # [BLOCK_M] running maximum, [BLOCK_M] running sum, [BLOCK_M, BLOCK_D]
-    peak,
-    total,
-    acc,
-    # positive: a product times this is a score
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-):
-    """One tile of keys into a running softmax."""
-    scores = tl.dot(q, k, input_precision="ieee")
-    if SOFTCAP:
-        # tanh(x) = 2 / (1 + exp(-2x)) - 1
-        fall = tl.exp2(scores * (scale / softcap * (-2.0 * LOG2E)))
-        scores = (softcap * LOG2E) * (2.0 / (1.0 + fall) - 1.0)
-        scale = 1.0
-    else:
-        scale *= LOG2E
-    scores = tl.where(visible, scores, NEG_INF)
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    # Rows that have seen nothing yet: -inf - -inf is NaN.
-    base = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-    # Multiplications and additions are spelt out as one, so that all variants round alike.
-    weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
-    fade = tl.exp2(peak - base)
-    total = tl.fma(total, fade, tl.sum(weights, 1))
-    acc = acc * fade[:, None]
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    return new_peak, total, acc
-
-
-@triton.jit
-def _merge(peak, total, acc, part_peak, part_total, part_acc):
-    """One part's softmax into the running one."""
-    new_peak = tl.maximum(peak, part_peak)
-    base = tl.where(new_peak == NEG_INF, 0.0, new_peak)
-    fade, part_fade = tl.exp2(peak - base), tl.exp2(part_peak - base)
-    total = tl.fma(total, fade, part_total * part_fade)
-    acc = tl.fma(acc, fade[:, None], part_acc * part_fade[:, None])
-    return new_peak, total, acc
-
-
-@triton.jit
-def _empty(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A softmax over nothing."""
-    peak = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    return peak, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-
-@triton.jit
-def _split_count(num_slots, SPLIT: tl.constexpr, PER_DOUBLING: tl.constexpr):
-    """Splits that hold the first `num_slots` slots; `AttentionConfig.num_splits` is its twin."""
-    length, longer = SPLIT, 0
-    while 2 * PER_DOUBLING * length < num_slots:
-        length *= 2
-        longer += PER_DOUBLING
-    return longer + tl.cdiv(num_slots, length)
-
-
-@triton.jit
-def _split_bounds(split, SPLIT: tl.constexpr, PER_DOUBLING: tl.constexpr):
-    """The first slot of a split, and the next split's."""
-    doublings = tl.maximum(split // PER_DOUBLING - 1, 0)
-    length = SPLIT << doublings
-    begin = (split - doublings * PER_DOUBLING) * length
-    return begin, begin + length
-
-
-@triton.jit
-def _splits_seen(
-    context_len,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PER_DOUBLING: tl.constexpr,
-):
-    """The first slot that a row sees, at the start of a tile; its split, and the end of the splits."""
-    first_slot, first_split = 0, 0
-    if WINDOW > 0:
-        first_slot = tl.maximum(context_len - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-        first_split = tl.maximum(_split_count(first_slot + 1, SPLIT, PER_DOUBLING) - 1, 0)
-    last_split = _split_count(tl.maximum(context_len, 0), SPLIT, PER_DOUBLING)
-    return first_slot, first_split, last_split
-
-
-@triton.jit
-def _pages(
-    k_ptr,
-    v_ptr,
-    table_row_ptr,
-    # [n] slots of the sequence
-    slots,
-    # [n] bool
-    exists,
-    dims,
-    k_strides,
-    v_strides,
-    v_scale,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Keys `[BLOCK_D, n]` and values `[n, BLOCK_D]` of the slots, in `dtype`.
-
-    fp8 keys are cast, which is exact: their scale is a factor of the scores.
-    """
-    page = tl.load(table_row_ptr + slots // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
-    offset = slots % BLOCK_SIZE
-    k_rows = k_ptr + page * k_strides[0] + offset * k_strides[1]
-    v_rows = v_ptr + page * v_strides[0] + offset * v_strides[1]
-    inside = dims < HEAD_SIZE
-    k = tl.load(k_rows[None, :] + dims[:, None], mask=inside[:, None] & exists[None, :], other=0.0)
-    v = tl.load(v_rows[:, None] + dims[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
-    if QUANTISED:
-        k = k.to(dtype)
-        v = (v.to(tl.float32) * v_scale).to(dtype)
-    return k, v
-
-
-@triton.jit
-def _own_part(
-    q,
-    prompt_keys_ptr,
-    prompt_values_ptr,
-    sinks_ptr,
-    # of the request's line
-    ancestor_bits_ptr,
-    depth_ptr,
-    k_ptr,
-    v_ptr,
-    table_row_ptr,
-    context_len,
-    num_queries,
-    has_tree,
-    kv_head,
-    # [BLOCK_M] each
-    q_head,
-    row,
-    depth,
-    sees_prompt,
-    dims,
-    k_strides,
-    v_strides,
-    scale,
-    page_scale,
-    v_scale,
-    softcap,
-    NUM_KV_HEADS: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
-    NUM_PROMPT: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Sink, prompt tokens and the request's own rows."""
-    peak, total, acc = _empty(BLOCK_M, BLOCK_D)
-    if SINKS:
-        peak = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2E
-        total += 1.0
-    if has_tree:
-        for first in range(0, NUM_PROMPT, BLOCK_N):
-            prompt = first + tl.arange(0, BLOCK_N)
-            at = (prompt * NUM_KV_HEADS + kv_head) * HEAD_SIZE
-            exists, inside = prompt < NUM_PROMPT, dims < HEAD_SIZE
-            keys = prompt_keys_ptr + at[None, :] + dims[:, None]
-            k = tl.load(keys, mask=inside[:, None] & exists[None, :], other=0.0)
-            values = prompt_values_ptr + at[:, None] + dims[None, :]
-            v = tl.load(values, mask=exists[:, None] & inside[None, :], other=0.0)
-            visible = sees_prompt[:, None] & exists[None, :]
-            peak, total, acc = _attend(
-                q, k, v, visible, peak, total, acc, scale, softcap, SOFTCAP
-            )
-    row_exists = row < num_queries
-    for first in range(0, num_queries, BLOCK_N):
-        own = first + tl.arange(0, BLOCK_N)
-        # A graph is captured with sequences shorter than their rows.
-        exists = (own < num_queries) & (context_len + own >= 0)
-        k, v = _pages(
-            k_ptr,
-            v_ptr,
-            table_row_ptr,
-            context_len + own,
-            exists,
-            dims,
-            k_strides,
-            v_strides,
-            v_scale,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            QUANTISED,
-            q.dtype,
-        )
-        seen = own[None, :] <= row[:, None]
-        if has_tree:
-            bits = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-            for i in tl.static_range((BLOCK_N + 31) // 32):
-                word = first // 32 + i
-                if word < NUM_WORDS:
-                    row_word = ancestor_bits_ptr + row * NUM_WORDS + word
-                    row_bits = tl.load(row_word, mask=row_exists, other=0)
-                    bits = tl.where((own // 32 == word)[None, :], row_bits[:, None], bits)
-            seen = ((bits >> (own % 32)[None, :]) & 1) > 0
-        visible = seen & exists[None, :]
-        if WINDOW > 0:
-            # positions, relative to the context's end
-            position = own
-            if has_tree:
-                position = tl.load(depth_ptr + own, mask=own < num_queries, other=0)
-            visible &= depth[:, None] - position[None, :] < WINDOW
-        peak, total, acc = _attend(
-            q, k, v, visible, peak, total, acc, page_scale, softcap, SOFTCAP
-        )
-    return peak, total, acc
 
 
 @triton.jit
@@ -339,7 +115,7 @@ def tree_attention_kernel(
     if tile * BLOCK_M >= num_queries * GROUP:
         return
     context_len = tl.load(seq_len_ptr + request) - num_queries
-    first_slot, first_split, last_split = _splits_seen(
+    first_slot, first_split, last_split = splits_seen(
         context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING
     )
     num_parts = 1 + tl.maximum(last_split - first_split, 0)
@@ -374,12 +150,12 @@ def tree_attention_kernel(
     partial_row = (request * NUM_ROWS + row).to(tl.int64) * (NUM_KV_HEADS * GROUP) + q_head
     part_size = num_partial_rows.to(tl.int64) * (NUM_KV_HEADS * GROUP)
 
-    merged_peak, merged_total, merged_acc = _empty(BLOCK_M, BLOCK_D)
+    merged_peak, merged_total, merged_acc = empty(BLOCK_M, BLOCK_D)
     own = True
     if PARALLEL:
         own = tl.program_id(2) == 0
     if own:
-        merged_peak, merged_total, merged_acc = _own_part(
+        merged_peak, merged_total, merged_acc = own_part(
             q,
             prompt_keys_ptr,
             prompt_values_ptr,
@@ -438,28 +214,28 @@ def tree_attention_kernel(
         run, num_runs = tl.program_id(2) - 1, last_split - first_split
         step = tl.num_programs(2) - 1
     for index in range(run, num_runs, step):
-        peak, total, acc = _empty(BLOCK_M, BLOCK_D)
+        peak, total, acc = empty(BLOCK_M, BLOCK_D)
         split, begin, end = first_split, first_slot, context_len
-        _, boundary = _split_bounds(split, SPLIT, PER_DOUBLING)
+        _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)
         if PARALLEL:
             # The longest splits are a sequence's last ones, and start first.
             split = last_split - 1 - index
-            begin, end = _split_bounds(split, SPLIT, PER_DOUBLING)
+            begin, end = split_bounds(split, SPLIT, PER_DOUBLING)
             begin, end = tl.maximum(begin, first_slot), tl.minimum(end, context_len)
         for first in range(begin, end, BLOCK_N):
             if not PARALLEL:
                 # A split ends here: without a branch, so that loads keep running ahead.
                 ends = first == boundary
-                merged_peak, merged_total, merged_acc = _merge(
+                merged_peak, merged_total, merged_acc = merge(
                     merged_peak, merged_total, merged_acc, tl.where(ends, peak, NEG_INF), total, acc
                 )
                 # Forgets total and acc, too: the next tile multiplies them by zero.
                 peak = tl.where(ends, NEG_INF, peak)
                 split += ends.to(tl.int32)
-                _, boundary = _split_bounds(split, SPLIT, PER_DOUBLING)
+                _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)
             slots = first + tl.arange(0, BLOCK_N)
             exists = slots < end
-            k, v = _pages(
+            k, v = load_pages(
                 k_ptr,
                 v_ptr,
                 table_row_ptr,
@@ -477,7 +253,7 @@ def tree_attention_kernel(
             visible = exists[None, :]
             if WINDOW > 0:
                 visible &= (context_len + depth)[:, None] - slots[None, :] < WINDOW
-            peak, total, acc = _attend(
+            peak, total, acc = attend(
                 q, k, v, visible, peak, total, acc, page_scale, softcap, SOFTCAP
             )
         if PARALLEL:
@@ -495,7 +271,7 @@ def tree_attention_kernel(
             )
         else:
             if first_split < last_split:
-                merged_peak, merged_total, merged_acc = _merge(
+                merged_peak, merged_total, merged_acc = merge(
                     merged_peak, merged_total, merged_acc, peak, total, acc
                 )
             # A padding row of a block sees the context only; without any, nothing.
@@ -534,7 +310,7 @@ def combine_splits_kernel(
     if row >= num_queries:
         return
     context_len = tl.load(seq_len_ptr + request) - num_queries
-    _, first_split, last_split = _splits_seen(context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING)
+    _, first_split, last_split = splits_seen(context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING)
     head = tl.program_id(2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dims = tl.arange(0, BLOCK_D)
     exists = head < NUM_HEADS
@@ -551,7 +327,7 @@ def combine_splits_kernel(
         part_peak = tl.load(stats + at, mask=exists, other=NEG_INF)
         part_total = tl.load(stats + stats_size + at, mask=exists, other=0.0)
         part_acc = tl.load(accs + at * HEAD_SIZE, mask=tile_mask, other=0.0)
-        peak, total, acc = _merge(peak, total, acc, part_peak, part_total, part_acc)
+        peak, total, acc = merge(peak, total, acc, part_peak, part_total, part_acc)
     result = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
     out_rows = out_ptr + (start + row).to(tl.int64) * out_row_stride + head * out_head_stride
     tl.store(out_rows[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=tile_mask)

@@ -12,7 +12,6 @@ from .shipped import TARGETS, Shipped
 from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
 
 
-
 @dataclass(frozen=True)
 class _Model:
     """What of a model a launch is compiled for.
