@@ -171,7 +171,7 @@ class _Plan:
                 *value_cache.stride()[:3],
                 block_table.stride(0),
             ),
-            out_strides=out.stride()[:2],
+            out_strides=(out.stride(0), out.stride(1)),
             in_turn={**constants, "PARALLEL": False},
             side_by_side={**constants, "PARALLEL": True},
             combine={**combine, "num_warps": 4},

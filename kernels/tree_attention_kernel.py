@@ -49,7 +49,8 @@ def _store_partial(
     tl.store(acc_ptr + at[:, None] * HEAD_SIZE + dims[None, :], acc, mask=mask)
 
 
-@triton.jit
+# As many as there are requests: not worth a compilation of their own.
+@triton.jit(do_not_specialize=["num_partial_rows"])
 def tree_attention_kernel(
     q_ptr,
     k_ptr,
@@ -281,7 +282,8 @@ def tree_attention_kernel(
             tl.store(out_tile, result.to(out_ptr.dtype.element_ty), mask=tile_mask)
 
 
-@triton.jit
+# As many as there are requests: not worth a compilation of their own.
+@triton.jit(do_not_specialize=["num_partial_rows"])
 def combine_splits_kernel(
     out_ptr,
     query_start_ptr,

@@ -84,8 +84,8 @@ def test_tiles_are_those_of_an_engine_that_serves_the_longest_sequences():
 
     from bita_kernels.attention_config import AttentionConfig
 
-    assert config(131072) == AttentionConfig.choose(64, torch.float32, 3, 4, 131072)
-    assert config(8) == AttentionConfig.choose(64, torch.float32, 3, 4, 20), "its own slots fit"
+    engine = AttentionConfig.choose(64, torch.float32, 3, 4, num_kv_heads=3)
+    assert config(131072) == config(8) == engine, "whatever the longest sequence"
 
 
 def test_causal_peers_are_compared_with_causal_attention():
