@@ -36,12 +36,17 @@ $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
 	$(FAST) $(BIN)/bita tune $(ADAPTER) --model "$$($(BIN)/python -m bita_vllm.embedded)" \
 		--requests 1 4 16 --rows 4 8 16 --out $@
 
-# Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process.
+GPU_TESTS := $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py mixed_steps.py launches.py gpu_faults.py gpu_suite.py \
+	request_features.py ladder.py token_budget.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py \
+	tensor_parallel.py lossless_architectures.py)
+
+# Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process. All groups run, whatever fails.
 test: venv
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS)
-	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS)
-	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py gpu_faults.py gpu_suite.py \
-		request_features.py ladder.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py tensor_parallel.py lossless_architectures.py) $(ARGS)
+	failed=0; \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS) || failed=1; \
+	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS) || failed=1; \
+	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(GPU_TESTS) $(ARGS) || failed=1; \
+	exit $$failed
 
 quality: venv
 	$(BIN)/ruff format --check .
