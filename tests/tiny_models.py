@@ -58,6 +58,14 @@ SERVED_ONLY: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 256,
         "position_embedding_type": "rope",
     },
+    # a shared expert next to the routed ones
+    "qwen2_moe": {
+        **GATED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+    },
     # in vLLM's Transformers backend
     "olmo2": GATED,  # norms behind attention and MLP
     "smollm3": {**GATED, "no_rope_layers": [1, 1, 0]},

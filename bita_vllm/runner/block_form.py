@@ -45,6 +45,7 @@ def block_form(model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
     config.compilation_config.cache_dir = ""  # the other form's, once it is compiled
     twins: dict[int, nn.Module] = {}
     twin = _twin(model, twins)
+    _enter_in_table(twins, config.compilation_config.static_forward_context)
     with set_current_vllm_config(config), set_model_tag(COMPILE_TAG):
         for module in twins.values():
             if isinstance(module, TorchCompileWithNoGuardsWrapper):
@@ -76,6 +77,19 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
         if child is not None:
             twin._modules[name] = _twin(child, twins)
     return twin
+
+
+def _enter_in_table(
+    # by the id of what they are twins of
+    twins: dict[int, nn.Module],
+    # of vLLM, by name; both forms use it
+    table: dict[str, Any],
+) -> None:
+    """Give twins of layers that vLLM's operations look up by name, such as mixtures of experts, a name of their own."""
+    for name, layer in list(table.items()):
+        if (twin := twins.get(id(layer))) is not None:
+            twin.layer_name = f"{name}.{COMPILE_TAG}"
+            table[twin.layer_name] = twin
 
 
 def _compile_again(module: Any, config: VllmConfig) -> None:

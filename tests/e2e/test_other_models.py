@@ -1,13 +1,13 @@
 """fp32, models that vLLM runs in another way: tokens are plain vLLM's; on both runners.
 
-Its Transformers backend, where ids come as [1, rows], and a dense Granite 4 in a class for hybrids. The adapters have
-low-rank deltas as large as the weights.
+Its Transformers backend, where ids come as [1, rows], a dense Granite 4 in a class for hybrids, and a mixture whose
+shared expert is called by way of vLLM's table of layers. The adapters have low-rank deltas as large as the weights.
 """
 
 import numpy as np
 import pytest
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
-from e2e.inspection import known, oracle, recorded_steps
+from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
 from vllm import SamplingParams
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
@@ -45,3 +45,19 @@ def test_tokens_equal_plain_vllm(tiny_model, tmp_path, architecture, backend):
         outputs = generate(llm, requests())
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
     assert any(step.path != list(range(len(step.path))) for step in steps), "no row moved"
+
+
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.skipif(ON_GPU_RUNNER, reason="the GPU's kernel of experts is not interpreted")
+def test_deltas_of_a_shared_expert_reach_mask_rows(tiny_model, tmp_path, eager):
+    model = tiny_model("qwen2_moe", **LAYERS)
+    adapter = make_adapter(model, tmp_path / "adapter", lora_rank=4)
+    options = {**OPTIONS, "enforce_eager": eager}
+    plain = run(model, requests(), **options)
+    bita = {"model": str(adapter), "tree": "2,1"}
+    with recorded_groups(3) as groups, engine(model, bita, **options) as llm:
+        outputs = generate(llm, requests())
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    compared, worst = compare_with_trainer(model, adapter, outputs, groups)
+    print(f"{compared} groups, largest difference {worst:.1e}")
+    assert compared > 5 and worst < 1e-3
