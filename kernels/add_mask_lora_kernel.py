@@ -67,12 +67,12 @@ def add_mask_lora_kernel(
             BLOCK_K,
         )
     else:
-        part, column_tile, first, end, num_passing = _column_tile(
+        part, column_tile, first, end = _column_tile(
             parts_ptr, place % num_expand, NUM_PARTS, BLOCK_N
         )
         if program == tl.num_programs(0) - 1:
             tl.store(tickets_ptr, 0)  # the last one was drawn
-            _close(arrivals_ptr, passed_ptr, tl.cdiv(num, BLOCK_M), num_passing)
+            _close(arrivals_ptr, passed_ptr, tl.cdiv(num, BLOCK_M), num_expand)
         elif (first % 16 == 0) & (end % 16 == 0):
             # The compiler sees the factor, and moves 16 bytes at once.
             _expand(
@@ -242,15 +242,15 @@ def _expand(
 
 
 @triton.jit
-def _close(arrived_ptr, passed_ptr, num_tiles, num_passing, BLOCK: tl.constexpr = 128):
-    """Set the counts of a row tile back to zero when all expand programs have read them."""
+def _close(arrived_ptr, passed_ptr, num_tiles, num_expand, BLOCK: tl.constexpr = 128):
+    """Set the counts of a row tile back to zero when all expand programs have read them, those of no columns too."""
     for start in range(0, num_tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         used = tile < num_tiles
         waiting = 1
         while waiting > 0:
-            passed = tl.load(passed_ptr + tile, mask=used, other=num_passing, volatile=True)
-            waiting = tl.sum((passed < num_passing).to(tl.int32))
+            passed = tl.load(passed_ptr + tile, mask=used, other=num_expand, volatile=True)
+            waiting = tl.sum((passed < num_expand).to(tl.int32))
         tl.store(arrived_ptr + tile, 0, mask=used)
         tl.store(passed_ptr + tile, 0, mask=used)
 
@@ -265,7 +265,7 @@ def _rows(mask_rows_ptr, tile, num, num_rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _column_tile(parts_ptr, place, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return (part, tile of columns, first column and end of the part) of an expand program, and the number of tiles.
+    """Return (part, tile of columns, first column and end of the part) of an expand program.
 
     Tiles begin at multiples of their size, whatever the parts; a program behind the last tile gets an empty part.
     """
@@ -280,4 +280,4 @@ def _column_tile(parts_ptr, place, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexp
         column_tile = tl.where(here, begin // BLOCK_N + own, column_tile)
         first = tl.where(here, begin, first)
         end = tl.where(here, stop, end)
-    return part, column_tile, first, end, num_tiles
+    return part, column_tile, first, end

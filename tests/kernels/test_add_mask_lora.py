@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from bita_kernels import add_mask_lora as module
+from bita_kernels import add_mask_lora_kernel as kernel_module
 from bita_kernels.add_mask_lora import (
     MAX_LOW,
     MAX_ROW_PROGRAMS,
@@ -153,6 +154,23 @@ def test_programs_may_start_in_any_order(seed, monkeypatch):
     add_mask_lora(*arguments)
     assert started == sorted(order)
     assert torch.equal(arguments[0], together) and not arguments[7].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_program_waits_for_all_that_read_the_arrivals(case, monkeypatch):
+    """Who sets the arrivals back before another program has read them leaves it waiting for ever."""
+    *tensors, arrivals = make(case)
+    close, seen = kernel_module._close, []
+
+    def record(arrived_ptr, passed_ptr, num_tiles, awaited):
+        seen.append((arrivals[1, : int(num_tiles.handle.data[0])].tolist(), awaited))
+        close(arrived_ptr, passed_ptr, num_tiles, awaited)
+
+    monkeypatch.setattr(kernel_module, "_close", record)
+    add_mask_lora(*tensors, arrivals)
+    ((passed, awaited),) = seen
+    # The interpreter runs the last program last: all others have passed.
+    assert passed and passed == [int(awaited.handle.data[0])] * len(passed)
 
 
 def test_no_mask_rows_change_nothing():
