@@ -77,8 +77,9 @@ class StepTrees:
         self.block_tables: tuple[torch.Tensor, ...] = ()
         self.num_nodes, self.num_masks = 1, 0
         self._has_blocks = False
-        # [max_num_reqs, 2] sizes of the set that each slot's next block is made from; known on the host
-        self._sizes_of_slot_np = np.ones((max_num_reqs, 2), dtype=np.int64)
+        # [max_num_reqs, 2] sizes of the set that each slot's next block is made from; known on the host. In a slot that
+        # never had one that is line 0, of the first set: vLLM may pad a request's first step with drafts.
+        self._sizes_of_slot_np = np.tile(self._sizes[0], (max_num_reqs, 1))
         self._emitting = torch.ones(max_num_reqs, dtype=torch.bool, device=device)
         requests = torch.arange(max_num_reqs, device=device)
         # [sets, max_num_reqs] int32, a request's first target, where its block is of that set

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bita_kernels.accept_tree import accept_tree_naive
 from bita_kernels.begin_step import begin_step_naive
 
 from bita_vllm.runner import gpu_speculator, gpu_trees
@@ -82,6 +83,19 @@ def test_mask_rows_lie_in_front_and_are_counted(trees, line, num_rows):
     want = expected(trees)
     assert int(trees.lora_rows.num) == len(want)
     assert trees.lora_rows.rows[: len(want)].tolist() == want
+
+
+def test_a_slot_that_never_had_a_block_may_begin_with_one(trees, monkeypatch):
+    """vLLM pads a request whose prompt is cached but for its last token; its drafts are those of an unused slot."""
+    monkeypatch.setattr(gpu_trees, "accept_tree", accept_tree_naive)
+    sets = [TemplateSet((Template.from_widths([2, 1], 3),))]
+    fresh = StepTrees(sets, acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
+    begin(fresh, [0], [16])
+    tokens = torch.empty(1, fresh.table.max_depth + 3, dtype=torch.int64)
+    targets, emitted = torch.full((fresh.num_nodes,), 5), torch.empty(1, dtype=torch.int32)
+    batch = SimpleNamespace(input_ids=torch.zeros(16, dtype=torch.int32))
+    fresh.walk(targets, slice(0, 1), batch, tokens, emitted)
+    assert tokens[0].tolist()[:2] == [5, -1] and emitted.tolist() == [1]
 
 
 def test_mask_rows_get_logits_with_the_nodes_up_to_the_limit(trees):
