@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import FLAGS, INT32, INTEGERS, check_device, check_tensor, kind_of
+from .checks import FLAGS, INT32, INTEGERS, check_device, check_tensor, kind_of, remember
 from .shipped import Shipped
 from .tree_table import TreeTable
 
@@ -66,7 +66,7 @@ def accept_tree(
     kind = (table.max_depth, *kind_of(tensors))
     if kind not in _checked:
         _check(table, tensors)
-        _checked.add(kind)
+        remember(kind, _checked)
     num_requests = len(line)
     if num_requests == 0:
         return

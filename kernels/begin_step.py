@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import INT32, check_device, check_tensor, kind_of
+from .checks import INT32, check_device, check_tensor, kind_of, remember
 from .shipped import Shipped
 from .tree_table import TreeTable
 
@@ -79,7 +79,7 @@ def begin_step(
     kind = (num_nodes, num_masks, table.num_rows, *kind_of((*tensors, *masks)))
     if kind not in _checked:
         _check(table, num_nodes, num_masks, tensors, masks)
-        _checked.add(kind)
+        remember(kind, _checked)
     num_requests = len(slots)
     _begin_step_kernel[(num_requests + 1,)](
         query_start,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import INT32, INTEGERS, TRITON_TYPES, check_device, check_tensor, kind_of
+from .checks import INT32, INTEGERS, TRITON_TYPES, check_device, check_tensor, kind_of, remember
 from .choice_table import ChoiceTable
 from .rank_tokens import HIGHEST_ID, MAX_RANK, NO_KEY, Ranking, num_chunks, rank_tokens
 from .shipped import Shipped
@@ -65,7 +65,7 @@ def build_block(
         _check(
             logits, logits_rows, depths, slots, table, choice, ranking, draft_tokens, line_of_slot
         )
-        _checked.add(kind)
+        remember(kind, _checked)
     num_requests = len(slots)
     if num_requests == 0:
         return

@@ -15,12 +15,21 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
+# Kinds of arguments that a launcher remembers: at 4 kB each, as prefill makes steps of any number of rows.
+MAX_KINDS = 4096
 QUANTISED_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 
 
 def kind_of(tensors: Iterable[torch.Tensor]) -> tuple[object, ...]:
     """What the checks look at: a launcher checks arguments of one kind once, as checks take longer than launches."""
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def remember(kind: object, checked: set[object]) -> None:
+    """Add a kind that has been checked; when there are too many, all others are forgotten."""
+    if len(checked) >= MAX_KINDS:
+        checked.clear()
+    checked.add(kind)
 
 
 def check_tensor(

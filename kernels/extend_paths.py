@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import INT32, check_device, check_tensor, kind_of
+from .checks import INT32, check_device, check_tensor, kind_of, remember
 from .shipped import Shipped
 from .tree_table import TreeTable
 
@@ -95,7 +95,7 @@ def extend_paths(
     kind = (length, table.max_depth, *kind_of((*given, *state)))
     if kind not in _checked:
         _check(sampled, length, inputs, table, chains)
-        _checked.add(kind)
+        remember(kind, _checked)
     num_requests = len(line)
     _extend_paths_kernel[(num_requests,)](
         chains.targets if sampled is None else sampled,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import INT32, check_device, check_tensor, kind_of
+from .checks import INT32, check_device, check_tensor, kind_of, remember
 from .shipped import Shipped
 
 # Words of a row that a program carries for every depth.
@@ -107,7 +107,7 @@ def move_kv(
     kind = kind_of((caches.addresses, block_table, context_len, path, num_emitted))
     if kind not in _checked:
         _check(caches, block_table, context_len, path, num_emitted)
-        _checked.add(kind)
+        remember(kind, _checked)
     num_requests, steps = path.shape
     if num_requests == 0:
         return

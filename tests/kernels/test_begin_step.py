@@ -1,15 +1,19 @@
 """The layout of a step on the device against the CPU runner's (`StepBlocks`), and against the naive twin."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from bita_kernels import begin_step as module
+from bita_kernels import checks
 from bita_kernels.begin_step import begin_step, begin_step_naive
 from bita_kernels.tree_table import TreeTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import Step, int32, templates
 
+from bita_vllm.runner.blocks import StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 POISON = -7
@@ -159,3 +163,19 @@ def test_arguments_that_do_not_fit_are_refused_before_the_launch(name, change, m
     with pytest.raises(ValueError, match=message):
         begin_step(**{**given_, name: change(given_[name])})
     assert (given_["logits_rows"] == POISON).all()
+
+
+def test_kinds_of_arguments_that_were_checked_do_not_pile_up(monkeypatch):
+    """Prefill has any number of rows: in a server that runs for long, nearly every mixed step is a kind of its own."""
+    monkeypatch.setattr(checks, "MAX_KINDS", 8)
+    table = TemplateTable(Template.from_widths([2, 1], 3))
+    for chunk in range(1, 21):
+        rows = np.array([table.template.num_rows, chunk])
+        begin_step(**arguments(StepBlocks.build(table, np.array([2, -1]), rows), table))
+    assert 1 <= len(module._checked) <= 8
+
+
+def test_every_launcher_forgets_kinds():
+    launchers = Path(module.__file__).parent.glob("*.py")
+    found = [path.name for path in launchers if "_checked.add(" in path.read_text()]
+    assert not found, "use checks.remember"
