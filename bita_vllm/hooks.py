@@ -98,6 +98,12 @@ CPU_OVERRIDES = (
         "(self, load_dummy_weights=)",
     ),
     Hook(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.get_model",
+        "whoever asks for the model gets the form that was loaded",
+        "(self)",
+    ),
+    Hook(f"{_RUNNER}.shutdown", "frees both forms of the model", "(self)"),
+    Hook(
         f"{_RUNNER}.reload_weights",
         "packed weights follow the new ones",
         "(self, weights_iterator=, weights_path=, is_checkpoint_format=)",

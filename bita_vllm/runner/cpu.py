@@ -63,6 +63,8 @@ class BitaCPUModelRunner(CPUModelRunner):
     """Runs one step block a request: the model verifies the last drafts and makes the next ones."""
 
     model: Any  # the form of it that the step runs
+    _plain_model: Any
+    _block_model: Any
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         settings = get_settings(vllm_config)
@@ -114,10 +116,18 @@ class BitaCPUModelRunner(CPUModelRunner):
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Stock; packed weights, a tied output head and the form for blocks follow the new weights."""
-        self.model = self._plain_model
-        with self._packing(), renewed_products(self.model):
+        with self._packing(), renewed_products(self._plain_model):
             super().reload_weights(*args, **kwargs)
         renew_block_form(self._plain_model, self._block_model)
+
+    def get_model(self) -> Any:
+        """The form that plain vLLM loaded, whatever the last step ran: what trainers look at and load into."""
+        return self._plain_model
+
+    def shutdown(self) -> None:
+        """Stock; neither form's weights stay in memory."""
+        super().shutdown()
+        self._plain_model = self._block_model = None
 
     def warming_up_model(self) -> None:
         """Stock, for both forms of the model: nothing is compiled while requests wait."""

@@ -162,3 +162,31 @@ def test_names_of_parameters_are_the_models(case):
         with engine(model, bita, **OPTIONS) as llm:
             found += llm.apply_model(names)
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(ON_GPU_RUNNER, reason="only the CPU runner has two forms of a model")
+def test_trainers_get_the_same_model_whatever_step_was_last(case):
+    def look(model):
+        return id(model), sorted(name for name, _ in model.named_buffers())
+
+    model, adapter, *_ = case
+    with engine(model, {"model": str(adapter), "tree": "2,1"}, **OPTIONS) as llm:
+        loaded = llm.apply_model(look)
+        generate(llm, requests())
+        assert llm.apply_model(look) == loaded
+
+
+@pytest.mark.skipif(ON_GPU_RUNNER, reason="only the CPU runner has two forms of a model")
+def test_weights_are_freed_when_the_engine_ends(case):
+    model, adapter, *_ = case
+    held = []
+    with engine(model, {"model": str(adapter), "tree": "2,1"}, **OPTIONS) as llm:
+        generate(llm, requests()[:1])
+
+        def hold(worker):
+            held.append(worker.model_runner)
+
+        llm.collective_rpc(hold)
+    (runner,) = held
+    forms = (value for value in vars(runner).values() if isinstance(value, torch.nn.Module))
+    assert not [form for form in forms if next(form.parameters(), None) is not None]
