@@ -89,6 +89,16 @@ class AttentionConfig:
         """Partial results of the longest sequence: its splits, and one for what is not context."""
         return 1 + self.num_splits(max_seq_len)
 
+    def num_programs(self, tiles: int, wanted: int, max_seq_len: int) -> int:
+        """Programs of each of a launch's `tiles`: one for what is not context, the others stride over the splits.
+
+        Args:
+            tiles: of all requests and KV heads.
+            wanted: programs that fill the machine.
+            max_seq_len: slots of the longest sequence.
+        """
+        return 1 + min(max(triton.cdiv(wanted, tiles), 1), self.num_splits(max_seq_len))
+
     def constants(
         self,
         *,

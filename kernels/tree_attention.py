@@ -26,7 +26,7 @@ from .tree_attention_models import shipped
 from .tree_table import TreeTable
 
 # Programs of a launch for each streaming multiprocessor, where its requests have as many splits.
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 2
 # Checked layouts of arguments that are remembered: one for each number of requests and rows.
 MAX_PLANS = 4096
 __all__ = ["Workspace", "shipped", "tree_attention"]
@@ -290,8 +290,9 @@ def tree_attention(
     if workspace is not None:
         workspace.check(config, partial_rows, max_seq_len, query)
         partials, stats_size = (workspace.acc, workspace.stats), workspace.stats[0].numel()
-        wanted = -(-workspace.programs // (plan.tiles * num_requests))
-        num_programs = 1 + min(max(wanted, 1), config.num_splits(max_seq_len))
+        num_programs = config.num_programs(
+            plan.tiles * num_requests, workspace.programs, max_seq_len
+        )
     tree_attention_kernel[(plan.tiles, num_requests, num_programs)](
         query,
         key_cache,

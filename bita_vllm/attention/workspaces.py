@@ -63,13 +63,21 @@ class SharedWorkspaces:
 
     def num_requests(self, impl: AttentionShape) -> int:
         """Return how many requests have their splits side by side."""
-        config = impl.config
-        tiles = triton.cdiv(self._num_rows * impl.num_queries_per_kv, config.block_m)
-        programs = tiles * impl.num_kv_heads  # of a request, without splits
-        rows = config.num_parts(self._max_seq_len) * self._num_rows
-        request_bytes = rows * impl.num_heads * (impl.head_size + 2) * 4
-        return min(
-            self._max_num_reqs,
-            triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(self._device), programs),
-            MAX_WORKSPACE_BYTES // request_bytes,
-        )
+        processors = num_processors(self._device)
+        fit = side_by_side_requests(impl, self._num_rows, self._max_seq_len, processors)
+        return min(self._max_num_reqs, fit)
+
+
+def side_by_side_requests(
+    shape: AttentionShape, num_rows: int, max_seq_len: int, processors: int
+) -> int:
+    """Return for how many requests splits run side by side: until the machine is full, as far as memory goes."""
+    config = shape.config
+    tiles = triton.cdiv(num_rows * shape.num_queries_per_kv, config.block_m)
+    programs = tiles * shape.num_kv_heads  # of a request, without splits
+    rows = config.num_parts(max_seq_len) * num_rows
+    request_bytes = rows * shape.num_heads * (shape.head_size + 2) * 4
+    return min(
+        triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs),
+        MAX_WORKSPACE_BYTES // request_bytes,
+    )
