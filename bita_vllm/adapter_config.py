@@ -74,7 +74,7 @@ class ModelShape:
         missing = [name for name, value in shape.items() if value is None]
         if missing:
             raise AdapterError(
-                f"The model config of type {_get(config, 'model_type')!r} does not say its "
+                f"The model config of type {short(_get(config, 'model_type'))} does not say its "
                 f"{', '.join(missing)}, so bita cannot match an adapter to it."
             )
         return cls(**shape)  # type: ignore[arg-type]  # no None is left

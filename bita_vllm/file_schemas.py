@@ -114,10 +114,16 @@ def check(schema: type[_Model], content: Any) -> _Model:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
+    # Names in it may be the file's own.
     field = ".".join(map(str, problem["loc"])) or "the content"
-    value = "missing" if problem["type"] == "missing" else repr(problem["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    return f"it needs {field} to be {_expected(problem)}, but it is {shown}"
+    field = shortened(field if field.isprintable() else repr(field), 120)
+    value = "missing" if problem["type"] == "missing" else shortened(repr(problem["input"]))
+    return f"it needs {field} to be {_expected(problem)}, but it is {value}"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Return the text, cut to so many characters, for messages about what a file holds."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _expected(problem: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bita_vllm.file_schemas import LadderSchema, check, read_json
+from bita_vllm.file_schemas import LadderSchema, check, read_json, shortened
 from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateError
 
@@ -93,10 +93,16 @@ class Ladder:
             path = path / LADDER_FILE
         try:
             content = read_json(path)
+            if not isinstance(content, dict):
+                raise LadderError(
+                    f"Ladder file {path} must hold a JSON object, but holds {shortened(repr(content))}."
+                )
             version = content["bita_ladder"]
             if version == FORMAT_VERSION:
                 form = check(LadderSchema, content)
                 sets = [TemplateSet.of_schema(entry) for entry in form.template_sets]
+        except LadderError:
+            raise
         except TemplateError as error:
             raise LadderError(f"Ladder file {path}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,8 +111,8 @@ class Ladder:
             ) from None
         if version != FORMAT_VERSION:
             raise LadderVersionError(
-                f"Ladder file {path} has format {version!r}, but this bita reads format {FORMAT_VERSION}; "
-                "make it again with 'bita tune'."
+                f"Ladder file {path} has format {shortened(repr(version))}, but this bita reads format "
+                f"{FORMAT_VERSION}; make it again with 'bita tune'."
             )
         return cls(sets, form.batch_sizes, dict(content.get("provenance", {})))
 
@@ -194,7 +200,9 @@ def _check_ranges(ranges: Sequence[tuple[int, int, int]]) -> None:
     """Raise LadderError unless ranges start at 1, ascend and do not overlap."""
     expected = "expected [first, last, width] entries that ascend, do not overlap and start at 1"
     if not ranges or ranges[0][0] != 1:
-        raise LadderError(f"Ladder: its batch sizes are {list(map(list, ranges))}; {expected}.")
+        raise LadderError(
+            f"Ladder: its batch sizes are {shortened(str(list(map(list, ranges))))}; {expected}."
+        )
     end = 0
     for first, last, width in ranges:
         if first <= end or last < first or width < 0:

@@ -141,6 +141,37 @@ def test_ladder_files(tmp_path, content):
         ladder.describe()
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("bita_ladder",), "x" * 10**5),
+        (("bita_ladder",), list(range(10**5))),
+        (("batch_sizes",), [[2, 2 + i, 3] for i in range(9000)]),
+        (("template_sets", 0, "templates", 0, "groups"), {"9" * 5000: 1}),
+        (("template_sets", 0, "templates", 0, "groups"), {"1\n": 1}),
+    ],
+    ids=["version", "list as version", "ranges", "long row name", "row name of two lines"],
+)
+def test_messages_shorten_what_a_ladder_holds(tmp_path, path, value):
+    owner = content = ladder_content()
+    for key in path[:-1]:
+        owner = owner[key]
+    owner[path[-1]] = value
+    file = tmp_path / "ladder.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(LadderError) as error:
+        Ladder.load(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("content", [[1], None, 5, "x"], ids=["list", "null", "number", "text"])
+def test_a_ladder_that_is_no_object_is_refused_in_plain_words(tmp_path, content):
+    file = tmp_path / "ladder.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(LadderError, match="must hold a JSON object"):
+        Ladder.load(file)
+
+
 def small_config() -> Any:
     """The shipped adapter's config.json with a few of its template sets, and less training history."""
     content = json.loads((SHIPPED / "config.json").read_text())
