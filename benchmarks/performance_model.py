@@ -2,7 +2,8 @@
 
 No GPU is needed, and none was used: a device is its data sheet and a few shares and latencies (named below, with their
 source), a model is its dimensions, and an implementation says how its kernels are cut. So a run on a GPU confirms
-or refutes named numbers. `before` is the code at 4bb899c, `mended` what its audit asks for. Decoding only, greedy:
+or refutes named numbers. `before` is the code at 4bb899c, `mended` today's: tiles, splits and programs come
+from the kernels' own rules, programs and buffers of an SM from kernels_aot.csv. Decoding only, greedy:
 prefill and what the host does not hide are left out. Below 32 requests expect +-15%, above +-30%.
 
 Accepted lengths are the shipped adapters', of SmolLM2-135M; there is no adapter for a larger model yet. The arm
@@ -78,12 +79,13 @@ def points(names: Mapping[str, Any], requests: int, context: int) -> list[dict[s
     """CSV rows of one load: each number of rows, then what the default takes. `names`: keys of the tables above."""
     device, model = DEVICES[names["device"]], MODELS[names["model"]]
     adapter, code = ADAPTERS[names["adapter"]], IMPLEMENTATIONS[names["implementation"]]
-    predict = PerformanceModel(device, model, code, adapter.has_deltas)
-    plain = predict.plain(requests, context).total
+    plain = PerformanceModel(device, model, code).plain(requests, context).total
     ladder = ladder_of(names["device"], names["model"], names["adapter"])
     chosen = int(ladder.lookup(requests)[requests]) + 1
     found = []
     for arm, rows in [*((f"{rows} rows", rows) for rows in ROWS), (DEFAULT, chosen)]:
+        widest = ladder.widest.num_rows if arm == DEFAULT else rows
+        predict = PerformanceModel(device, model, code, adapter.has_deltas, widest)
         step = predict.step(requests, rows, context)
         length = adapter.accepted[rows]
         found.append(
@@ -101,7 +103,7 @@ def points(names: Mapping[str, Any], requests: int, context: int) -> list[dict[s
                 "tree_attention_us": 1e6 * predict.tree_attention(requests, rows, context),
                 "flash_attention_us": 1e6 * predict.flash_attention(requests, context),
                 **{f"{name}_ms": 1e3 * seconds for name, seconds in asdict(step).items()},
-                **{f"code_{name}": value for name, value in asdict(code).items()},
+                **{f"code_{name}": str(value) for name, value in vars(code).items()},
             }
         )
     return found

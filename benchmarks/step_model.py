@@ -3,53 +3,27 @@
 import math
 from dataclasses import dataclass, fields, replace
 
-from bita_vllm.machine import READ_SHARE, DeviceSpeed
-from bita_vllm.model_size import ModelSize
-from bita_vllm.tuning.cost import LAYER_OVERHEAD, STEP_OVERHEAD
+from attention_model import (
+    VALUE,
+    AuditedAttention,
+    CurrentAttention,
+    Device,
+    TreeAttention,
+)
+from deltas_model import AuditedDeltas, CurrentDeltas, Deltas
 
-VALUE = 2  # bytes of a bf16 value
-FUSED_LAYERS = 4  # of a decoder layer: qkv, o, gate and up, down
+from bita_vllm.model_size import ModelSize
+from bita_vllm.runner.gpu_speculator import MAX_ROWS_IN_ONE_PASS
+from bita_vllm.tuning.cost import LAYER_OVERHEAD, STEP_OVERHEAD
 
 # --- Devices --------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU as its data sheet has it; `speed` is what is reached of it.
-
-    Attributes:
-        sms: streaming multiprocessors.
-        peak_bytes: a second, of its memory.
-        peak_flops: a second, bf16 products with fp32 sums, dense.
-        l2_bytes: a second, what its level 2 cache gives (published microbenchmarks; +-20%).
-    """
-
-    name: str
-    sms: int
-    peak_bytes: float
-    peak_flops: float
-    l2_bytes: float
-
-    @property
-    def speed(self) -> DeviceSpeed:
-        return DeviceSpeed(READ_SHARE * self.peak_bytes, PRODUCT_SHARE * self.peak_flops)
-
-
 DEVICES = {
-    "H100": Device("H100 SXM", 132, 3.35e12, 989e12, 5.5e12),
-    "H200": Device("H200 SXM", 132, 4.8e12, 989e12, 5.5e12),
-    "A100": Device("A100 SXM 80GB", 108, 2.039e12, 312e12, 4.0e12),
+    "H100": Device("H100 SXM", 90, 132, 3.35e12, 989e12, 5.5e12, 50e6),
+    "H200": Device("H200 SXM", 90, 132, 4.8e12, 989e12, 5.5e12, 50e6),
+    "A100": Device("A100 SXM 80GB", 80, 108, 2.039e12, 312e12, 4.0e12, 40e6),
 }
-PRODUCT_SHARE = (
-    0.657  # 650 TFLOP/s on an H100: what products of some hundred rows may reach (an assumption)
-)
 LAUNCH = 2.5e-6  # seconds of a small kernel in a CUDA graph or right after another one (AUDIT 8)
-DELTA_LAUNCH = 2.7e-6  # of a delta's kernel: it depends on the one before (AUDIT 14)
-# From asking for a tile to having multiplied it where nothing else is under way: memory latency under load
-# (0.7-0.8 us by Little's law), page lookup, barrier (AUDIT 5).
-TILE_LATENCY = 1.0e-6
-TILE_FLOPS_SHARE = 0.45  # of an SM's peak, in 64 x 32 tiles with their softmax
-COMBINE = 3.5e-6  # merging splits (AUDIT 6)
 FLASH_FLOOR = 6e-6  # a layer's FlashAttention 3 at one request (AUDIT 6)
 LOGIT_PASSES = 4  # over the fp32 logits of a node row: written by the LM head, read by the sampler
 
@@ -61,7 +35,8 @@ MODELS = {
     "SmolLM2-135M": ModelSize(30, 576, 1536, 9, 3, 64, 49152),
 }
 
-PROMPT_TOKENS = 16
+# Of a block's rows, by the set's trees with most nodes and with most masks: the LM head has room for both.
+MASK_SHARE = 0.72  # 16 rows: 10 with deltas, 9 without; 32 rows: 21 and 16; 52 rows: 37 and 27
 NODE_SHARE = 0.45  # of a block's rows, the root included: 7-10 of 16, 28 of 52 in the shipped sets
 
 # --- Implementations ------------------------------------------------------------------------------
@@ -72,66 +47,38 @@ class Implementation:
     """How the code is cut: what the model knows of it.
 
     Attributes:
-        tile_rows, tile_keys: of a tile of tree attention.
-        buffers: tiles of keys and values that a program holds; one less are under way while one is multiplied.
-        programs_per_sm: of tree attention.
-        split: KV slots of the shortest splits.
-        per_doubling: splits, each twice as long as those before, that a doubling of the context adds once it has
-            twice as many; 0 if all are equally long.
-        single_pass_rows: rows of a step up to which one pass of the LM head serves nodes and masks.
+        attention: the kernel of steps with blocks.
+        deltas: the kernel of the mask rows' low-rank deltas.
+        single_pass_rows: rows of a step, nodes and masks, up to which one pass of the LM head serves both.
         launches: small kernels of a step with blocks over plain's.
         plain_launches: of a step without blocks.
-        delta_launches: of one fused linear layer.
         plain_is_stock: steps without blocks run what plain vLLM runs, otherwise the tree kernel.
     """
 
-    tile_rows: int
-    tile_keys: int
-    buffers: int
-    programs_per_sm: int
-    split: int
-    per_doubling: int
+    attention: TreeAttention
+    deltas: Deltas
     single_pass_rows: int
     launches: int
     plain_launches: int
-    delta_launches: int
     plain_is_stock: bool
-
-    def splits(self, context: float) -> tuple[int, int]:
-        """How many a context has, and the slots of the longest one."""
-        number, longest = math.ceil(context / self.split), self.split
-        if self.per_doubling and number > 2 * self.per_doubling:
-            doublings = math.log2(context / (2 * self.per_doubling * self.split))
-            number = math.ceil(self.per_doubling * (2 + doublings))
-            longest *= 2 ** math.ceil(doublings)
-        return max(number, 1), longest
 
 
 IMPLEMENTATIONS = {
     "before": Implementation(
-        tile_rows=64,
-        tile_keys=32,
-        buffers=2,
-        programs_per_sm=1,
-        split=512,
-        per_doubling=0,
+        attention=AuditedAttention(),
+        deltas=AuditedDeltas(),
         single_pass_rows=0,
         launches=90,
         plain_launches=10,
-        delta_launches=2,
         plain_is_stock=False,
     ),
+    # launches: tests/e2e/test_launches.py counts two more than plain's
     "mended": Implementation(
-        tile_rows=64,
-        tile_keys=32,
-        buffers=3,
-        programs_per_sm=1,
-        split=256,
-        per_doubling=0,
-        single_pass_rows=128,
-        launches=20,
+        attention=CurrentAttention(),
+        deltas=CurrentDeltas(),
+        single_pass_rows=MAX_ROWS_IN_ONE_PASS,
+        launches=2,
         plain_launches=0,
-        delta_launches=1,
         plain_is_stock=True,
     ),
 }
@@ -158,12 +105,16 @@ class Step:
 
 @dataclass(frozen=True)
 class PerformanceModel:
-    """Seconds of steps of one model on one device; a `StepCost`, so that the simulator takes it too."""
+    """Seconds of steps of one model on one device; a `StepCost`, so that the simulator takes it too.
+
+    `widest`: rows of the widest block of the engine, which tiles and splits of attention follow.
+    """
 
     device: Device
     model: ModelSize
     implementation: Implementation
     has_deltas: bool = True
+    widest: int = 1
 
     def plain(self, requests: int, context: float) -> Step:
         """Plain vLLM: FlashAttention, one pass of everything."""
@@ -190,18 +141,18 @@ class PerformanceModel:
                 else replace(plain, attention=attention, launches=launches)
             )
         all_rows, nodes = requests * rows, requests * math.ceil(NODE_SHARE * rows)
-        if all_rows <= code.single_pass_rows:
-            lm_head = self.lm_head(all_rows)
+        masks = requests * math.ceil(MASK_SHARE * rows)
+        if nodes + masks <= code.single_pass_rows:
+            lm_head = self.lm_head(nodes + masks)
         else:
             lm_head = self.lm_head(nodes) + self.lm_head(requests)
-        kernels_of_deltas = model.num_layers * FUSED_LAYERS * code.delta_launches
         return replace(
             plain,
             products=self._product(model.layer_params, all_rows),
             lm_head=lm_head,
             attention=attention,
             activations=self._activations(all_rows, nodes),
-            deltas=DELTA_LAUNCH * kernels_of_deltas if self.has_deltas else 0.0,
+            deltas=code.deltas.seconds(self.device, model, masks) if self.has_deltas else 0.0,
             launches=LAUNCH * code.launches,
         )
 
@@ -233,34 +184,8 @@ class PerformanceModel:
 
     def tree_attention(self, requests: int, rows: int, context: float) -> float:
         """One layer, merging of its splits included."""
-        code, model, device = self.implementation, self.model, self.device
-        group = model.num_q_heads // model.num_kv_heads
-        query_tiles = math.ceil(rows * group / code.tile_rows)
-        programs = requests * model.num_kv_heads * query_tiles
-        splits, longest = code.splits(context)
-        # With programs enough for two waves they go through a request's splits in turn.
-        in_turn = programs >= 2 * device.sms * code.programs_per_sm or splits == 1
-        tiles = math.ceil((context if in_turn else longest) / code.tile_keys)
-        tiles += math.ceil((rows + (PROMPT_TOKENS if rows > 1 else 0)) / code.tile_keys)
-        if not in_turn:
-            programs *= splits
-        waves = math.ceil(programs / (device.sms * code.programs_per_sm))
-        in_time = waves * tiles * self.tile_seconds()
-        slots = requests * (context + rows) * VALUE * model.kv_values_per_token / model.num_layers
-        read = slots / device.speed.bytes_per_second
-        read_again = query_tiles * slots / device.l2_bytes
-        merged = 0.0
-        if not in_turn:
-            partial = 4 * requests * rows * model.num_q_heads * model.head_size
-            merged = COMBINE + 2 * splits * partial / device.l2_bytes
-        return max(in_time, read, read_again) + merged
-
-    def tile_seconds(self) -> float:
-        """From one tile to the next in a program: its memory or its products."""
-        code, device = self.implementation, self.device
-        flops = 4 * code.tile_rows * code.tile_keys * self.model.head_size
-        multiplied = flops * device.sms / (TILE_FLOPS_SHARE * device.peak_flops)
-        return max(TILE_LATENCY / (code.buffers - 1), multiplied * code.programs_per_sm)
+        kernel, widest = self.implementation.attention, max(self.widest, rows)
+        return kernel.seconds(self.device, self.model, requests, rows, context, widest)
 
     def seconds(self, requests: int, rows: float, context: float) -> float:
         """As `bita_vllm.tuning.cost.StepCost` has it: rows of all requests."""

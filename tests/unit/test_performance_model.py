@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from attention_model import Pace, Shape, split_lengths
+from deltas_model import CurrentDeltas
 from performance_model import ADAPTERS, ladder_of
 from step_model import DEVICES, IMPLEMENTATIONS, MODELS, PerformanceModel
 
@@ -26,12 +28,13 @@ PLAIN_MS = {1: 5.9, 8: 6.1, 32: 7.1, 128: 11.6}
 GOALS = {1: 2.0, 8: 2.0, 32: 1.45, 128: 1.0}
 
 
-def predicted(device, model, adapter, implementation):
+def predicted(device, model, adapter, implementation, widest=1):
     return PerformanceModel(
         DEVICES[device],
         MODELS[model],
         IMPLEMENTATIONS[implementation],
         ADAPTERS[adapter].has_deltas,
+        widest,
     )
 
 
@@ -42,8 +45,9 @@ def ratio(model, adapter, requests, rows, context):
 
 def ratios_by_rule(known, device, model, adapter, context, implementation="mended"):
     """By number of requests, with the rows that serving takes without a ladder."""
-    rows = ladder_of(known, model, adapter).lookup(512) + 1
-    predict = predicted(device, model, adapter, implementation)
+    ladder = ladder_of(known, model, adapter)
+    rows = ladder.lookup(512) + 1
+    predict = predicted(device, model, adapter, implementation, ladder.widest.num_rows)
     return {n: ratio(predict, adapter, n, int(rows[n]), context) for n in range(1, 513)}
 
 
@@ -104,3 +108,28 @@ def test_the_script_writes_every_prediction_with_its_provenance(tmp_path):
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 2 * 2 * 2 * 9
     assert all(row["git_sha"] and row["predicted_for"] == "A100 SXM 80GB" for row in rows)
+
+
+@pytest.mark.parametrize("context", [1, 128, 1000, 2048, 8000, 131072])
+@pytest.mark.parametrize("rows", [4, 16, 24, 52])
+def test_splits_are_those_of_the_kernels_configuration(rows, context):
+    config = Shape.of(MODELS["Llama-3-8B"], rows).config
+    lengths = split_lengths(config, context)
+    assert len(lengths) == config.num_splits(context)
+    assert sum(lengths) == context
+
+
+def test_programs_that_start_as_others_end_share_the_memory():
+    """Two at a time: at 1 s a tile on their own, at 1.5 s where both need the memory."""
+    pace = Pace(tile_seconds=1.0, shared_seconds=0.75, slots=2)
+    assert pace.seconds([4.0]) == 4
+    assert pace.seconds([4.0, 2.0]) == 2 * 1.5 + 2
+    assert pace.seconds([4.0, 2.0, 2.0]) == 4 * 1.5
+    assert pace.seconds([2.0] * 5) == pace.seconds_of_equal(5, 2.0) == 4 * 1.5 + 2
+
+
+@pytest.mark.parametrize(("mask_rows", "expected"), {11: 0.68, 88: 0.85, 352: 1.74}.items())
+def test_deltas_take_what_the_kernels_page_says(mask_rows, expected):
+    """docs/kernels.md, rank 16, all launches of a step of Llama-3.1-8B on an H100, in milliseconds."""
+    found = 1e3 * CurrentDeltas().seconds(DEVICES["H100"], MODELS["Llama-3-8B"], mask_rows)
+    assert found == pytest.approx(expected, rel=0.1)
