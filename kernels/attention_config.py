@@ -67,7 +67,8 @@ class AttentionConfig:
         # loads, as a page's number comes before its keys: 7 stages are 3 or 4 buffers.
         wide = head_size > 128
         if dtype == torch.float32:  # no tensor cores
-            block_m, block_n, warps, stages = 16, 16, 8 if wide else 4, 2
+            block_m, block_n, warps = 16, 16, 8 if wide else 4
+            stages = 3 if head_size <= 64 else 2  # with 2, 8 bytes spill on sm_89 and sm_120
         else:
             packed = triton.next_power_of_2(num_rows * group)
             block_m = min(max(packed, 16), 32 if wide else 64)
