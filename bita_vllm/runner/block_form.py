@@ -87,7 +87,8 @@ def _enter_in_table(
 ) -> None:
     """Give twins of layers that vLLM's operations look up by name, such as mixtures of experts, a name of their own."""
     for name, layer in list(table.items()):
-        if (twin := twins.get(id(layer))) is not None:
+        twin: Any = twins.get(id(layer))
+        if twin is not None:
             twin.layer_name = f"{name}.{COMPILE_TAG}"
             table[twin.layer_name] = twin
 
