@@ -20,7 +20,7 @@ from bita_vllm.machine import DeviceSpeed, gpu_speed, is_plain_avx2, num_cores
 from bita_vllm.model_size import ModelSize
 from bita_vllm.template_set import saved_sets
 from bita_vllm.tree_search import MIN_ROWS, acceptance_table
-from bita_vllm.tuning.choose import MIN_GAIN, choose_ladder
+from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import Roofline, RowCost, StepCost
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ FP32_SHARE = 1 / 16  # of the bf16 products' speed that products without tensor 
 # Seconds of a further row over those of a step of one row, measured with `bita tune` on two CPUs with AVX2
 # (docs/tuning.md): 0.09 with packed linear layers, 0.2 with vLLM's own.
 PACKED_ROW, STOCK_ROW = 0.1, 0.2
+# The prediction knows nothing of tiles and waves: below this, benchmarks/performance_model.py finds blocks that lose.
+GPU_MIN_GAIN = 0.2
 CPU_MIN_GAIN = 0.1  # as two CPUs speak for all of them
 CPU_BYTES_PER_SECOND = 8e9  # that a core reads; plain steps that are seen correct it
 QUANTISED_BYTES = 0.5  # of a weight: fewer bytes give a step fewer rows, so the format with fewest is taken for all
@@ -124,7 +126,7 @@ def default_ladder(
         padded=machine.on_gpu,
         budgets=budgets,
         sets=saved_sets(adapter.acceptance),
-        min_gain=MIN_GAIN if machine.on_gpu else CPU_MIN_GAIN,
+        min_gain=GPU_MIN_GAIN if machine.on_gpu else CPU_MIN_GAIN,
         most_rows=most_rows,
     )
     # Where the prediction turns on a hair more requests do not get more rows again.

@@ -35,7 +35,8 @@ MAX_LOW = 1024
 # Element size -> bytes of B that each warp of an expand program keeps in registers. Products in fp32 do not
 # go to tensor cores and want registers of their own.
 B_BYTES = {2: 4 * 1024, 4: 2 * 1024}
-NUM_STAGES = 4
+# Element size -> stages: in fp32 a fourth one spills on sm_120.
+NUM_STAGES = {2: 4, 4: 3}
 _SIZES = (
     "capacity",
     "num_rows",
@@ -171,7 +172,7 @@ def add_mask_lora(
         output.stride(0),
         **constexprs,
         num_warps=tiles.warps,
-        num_stages=NUM_STAGES,
+        num_stages=NUM_STAGES[x.element_size()],
     )
 
 
@@ -202,7 +203,7 @@ def shipped() -> list[Shipped]:
                     },
                     constexprs=tiles.constexprs(num_parts, rank, in_features),
                     num_warps=tiles.warps,
-                    num_stages=NUM_STAGES,
+                    num_stages=NUM_STAGES[torch_dtype.itemsize],
                     divisible=("in_features", "low_features", "x_stride", "out_stride"),
                     tensor_cores=dtype != "fp32",
                 )

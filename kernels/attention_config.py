@@ -73,7 +73,7 @@ class AttentionConfig:
             packed = triton.next_power_of_2(num_rows * group)
             block_m = min(max(packed, 16), 32 if wide else 64)
             block_n, stages = 16 if wide else 32, 7
-            warps = 4 if block_m <= 32 and not wide else 8
+            warps = 4 if block_m <= 32 and head_size <= 192 else 8
         tiles = triton.cdiv(num_rows * group, block_m)
         splits = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_kv_heads * tiles))
         per_doubling = min(max(splits // 2, 2), 32)

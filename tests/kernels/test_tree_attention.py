@@ -256,10 +256,13 @@ def test_splits_have_a_fixed_place():
 @pytest.mark.parametrize("rows", [4, 8, 16, 24, 52])
 @pytest.mark.parametrize("slots", [1000, 8000, 131072])
 def test_one_request_fills_a_gpu(rows, slots):
-    """Llama-3-8B: programs with work, where splits run side by side; nothing follows from max_model_len."""
+    """Llama-3-8B: programs with work, where splits run side by side; nothing follows from max_model_len.
+
+    Half of a large GPU at 1000 slots: shorter splits would write more partial results than they read keys and values.
+    """
     config = AttentionConfig.choose(128, torch.bfloat16, 4, rows, num_kv_heads=8)
     tiles = 8 * math.ceil(4 * rows / config.block_m)
-    assert tiles * config.num_splits(slots) >= 128
+    assert tiles * config.num_splits(slots) >= (64 if slots == 1000 else 128)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 100])
