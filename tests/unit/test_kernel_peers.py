@@ -45,8 +45,11 @@ def test_flash_attention_3_is_called_with_vllms_arguments(monkeypatch, num_rows)
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens,
         qkv_dtype, cu_seqlens_q, page_size, causal, num_splits,
     ):  # fmt: skip
+        given = dict(locals())
+        for name in ("flash", "schedules"):
+            given.pop(name)
         schedules.append((batch_size, page_size, causal, num_splits, cu_seqlens_q.tolist()))
-        return torch.zeros(1)
+        return flash.schedule(**given)
 
     module(
         monkeypatch,
