@@ -48,12 +48,13 @@ def step(table: TreeTable, tokens: torch.Tensor, lines: list[int]) -> dict:
         "num_rows": int32([rows] * num_requests),
         "line": int32(lines),
         "emitting": torch.ones(num_requests, dtype=torch.bool),
+        "first_mask": torch.zeros(num_requests, dtype=torch.int32),
         "table": table,
-        "tokens": torch.zeros(num_requests, steps, dtype=torch.int64),
+        # and line and last node
+        "tokens": torch.zeros(num_requests, steps + 2, dtype=torch.int64),
         "path": torch.zeros(num_requests, steps, dtype=torch.int32),
         "num_emitted": torch.zeros(num_requests, dtype=torch.int32),
-        "last_node": torch.zeros(num_requests, dtype=torch.int32),
-        "next_line": torch.zeros(num_requests, dtype=torch.int32),
+        "next_depths": torch.zeros(num_requests, dtype=torch.int32),
         "mask_rows": torch.zeros(num_requests, steps - 1, dtype=torch.int32),
     }
 
