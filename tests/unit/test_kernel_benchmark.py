@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.modules.pop("kernels", None)  # the folder of that name, if another test's path found it
 import kernel_providers
 from kernel_cases import SHAPES, Case
 from kernel_providers import PROVIDERS, Provider, Unavailable
