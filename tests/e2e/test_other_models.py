@@ -8,12 +8,32 @@ import numpy as np
 import pytest
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
 from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
+from vllm.model_executor.models.transformers.base import Base
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 OPTIONS = {"max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 96}
 TRANSFORMERS = ["olmo2", "smollm3", "starcoder2", "gpt_neox", "phi", "llama"]
 LAYERS = {"num_hidden_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def classes_of_transformers_as_before(monkeypatch):
+    """vLLM's Transformers backend makes transformers' own decoder class one of vLLM's, for the whole process."""
+    decorate, changed = Base._decorate_cls_for_torch_compile, []
+
+    def remember_and_decorate(self, cls, **options):
+        changed.append((cls, cls.__bases__, dict(vars(cls))))
+        decorate(self, cls, **options)
+
+    monkeypatch.setattr(Base, "_decorate_cls_for_torch_compile", remember_and_decorate)
+    yield
+    for cls, bases, attributes in reversed(changed):
+        cls.__bases__ = bases
+        for name in vars(cls).keys() - attributes.keys():
+            delattr(cls, name)
+        cls.__init__ = attributes["__init__"]
 
 
 def requests():
@@ -61,3 +81,7 @@ def test_deltas_of_a_shared_expert_reach_mask_rows(tiny_model, tmp_path, eager):
     compared, worst = compare_with_trainer(model, adapter, outputs, groups)
     print(f"{compared} groups, largest difference {worst:.1e}")
     assert compared > 5 and worst < 1e-3
+
+
+def test_the_trainer_still_loads_its_model(tiny_model):
+    AutoModelForCausalLM.from_pretrained(tiny_model("llama", **LAYERS))

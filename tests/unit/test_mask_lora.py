@@ -128,7 +128,10 @@ def test_damaged_files(saved):
         ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
         ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens"]),
         ({"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights = 'pissa_niter_4'"]),
-        ({"target_modules": ["q_proj", "v_proj"]}, ["v_proj in target_modules", "no such module"]),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            ["'v_proj' in target_modules", "no such module"],
+        ),
         ({"r": 8}, ["lora_A", "shape [4, ", "rank 8 asks for [8, in]"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
