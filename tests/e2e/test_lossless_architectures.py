@@ -39,7 +39,7 @@ OPTIONS = {
     "num_gpu_blocks_override": 14,
 }
 # Layers with and without a window have KV cache groups of their own.
-MORE_BLOCKS = {"gemma2": {"num_gpu_blocks_override": 56}}
+MORE_BLOCKS = {"gemma2": {"num_gpu_blocks_override": 40}}
 
 # Uneven on purpose: a node without a group, groups of one and two rows, ranks out of order.
 UNEVEN = {
