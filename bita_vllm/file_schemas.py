@@ -10,7 +10,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 MAX_ROWS = 256  # of a step block
 MAX_MASK_TOKENS = 16
@@ -26,11 +33,20 @@ RowName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,3}$")]  # JSON's k
 BatchSize = Annotated[int, Field(ge=1, le=2**20)]
 # first and last batch size, width
 Range = Annotated[tuple[BatchSize, BatchSize, Row], Field(strict=False)]
-# requests, rows a request, seconds
-StepSeconds = Annotated[tuple[BatchSize, float, float], Field(strict=False)]
+# requests, rows a request, seconds, spread (0 in ladders of before it was known)
+StepSeconds = Annotated[
+    tuple[BatchSize, float, float, Annotated[float, Field(ge=0)]],
+    Field(strict=False),
+    BeforeValidator(lambda point: [*point, 0.0] if is_list_of(point, 3) else point),
+]
 Probability = Annotated[float, Field(ge=0, le=1)]
 RankProbabilities = Annotated[list[Probability], Field(max_length=MAX_RANKS)]
 ByMask = Annotated[list[RankProbabilities], Field(max_length=MAX_MASK_TOKENS)]
+
+
+def is_list_of(content: Any, length: int) -> bool:
+    """Whether it is a list of so many."""
+    return isinstance(content, list) and len(content) == length
 
 
 class SchemaError(ValueError):

@@ -11,10 +11,11 @@ import numpy as np
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, ranges_of
 from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree_search import Draft, best_templates, evaluate
-from bita_vllm.tuning.cost import StepCost
+from bita_vllm.tuning.cost import MeasuredCost, StepCost
 
 BUDGETS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
-# Expected gain below which plain decoding is kept: what prediction and measurement may be wrong by.
+# Expected gain below which plain decoding is kept: what acceptance may be wrong by. What the seconds may be wrong by
+# counts where it is more.
 MIN_GAIN = 0.03
 PLAIN = -1  # no template
 
@@ -29,6 +30,7 @@ class Choice:
         accepted_length: tokens a request gets a step.
         seconds: of a step.
         gain: tokens a second over plain decoding's.
+        spread: how far the gain may be off for what the measured seconds may, relative to it.
     """
 
     batch_size: int
@@ -36,6 +38,7 @@ class Choice:
     accepted_length: float
     seconds: float
     gain: float
+    spread: float
 
 
 def choose_ladder(
@@ -79,9 +82,12 @@ def choose_ladder(
     seconds, plain = step_seconds(cost, rows, batch_sizes, context)
     gains = gains_over_plain(lengths, seconds, plain)
     gains[np.outer(rows, batch_sizes) > most_rows] = 0.0
-    index, gain = fastest(gains, min_gain)
+    spread = np.zeros_like(gains)  # a prediction's is in `min_gain`
+    if isinstance(cost, MeasuredCost):
+        spread[:] = [[cost.spread(n, n * r) for n in batch_sizes] for r in rows.tolist()]
+    index, gain = fastest(gains, np.maximum(spread, min_gain))
     choices = [
-        Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0)
+        Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0, 0.0)
         if i == PLAIN
         else Choice(
             n,
@@ -89,6 +95,7 @@ def choose_ladder(
             float(lengths[i]),
             float(seconds[i, n - 1]),
             float(gain[n - 1]),
+            float(spread[i, n - 1]),
         )
         for n, i in zip(batch_sizes, index.tolist(), strict=True)
     ]
@@ -144,9 +151,10 @@ def gains_over_plain(
 def fastest(
     # [T, N] tokens a second, over plain decoding's
     gains: np.ndarray,
-    min_gain: float,
+    # [T, N], or one for all
+    min_gain: np.ndarray | float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[N]` template with most tokens a second, PLAIN where none gains `min_gain`; `[N]` its gain over plain."""
-    index, gain = gains.argmax(axis=0), gains.max(axis=0)
-    pays = gain > 1 + min_gain
-    return np.where(pays, index, PLAIN), np.where(pays, gain, 1.0)
+    sure = np.where(gains > 1 + min_gain, gains, 0.0)
+    index, gain = sure.argmax(axis=0), sure.max(axis=0)
+    return np.where(gain > 0, index, PLAIN), np.where(gain > 0, gain, 1.0)

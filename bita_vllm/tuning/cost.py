@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,7 +31,7 @@ BLOCK_READ_PER_HEAD_SIZE = 132 * 32 * 2 * KV_BYTES / 1e-6
 
 
 class StepCost(Protocol):
-    """Seconds of a step."""
+    """What a step takes."""
 
     def seconds(self, requests: int, rows: float, context: float) -> float:
         """rows == requests is plain decoding."""
@@ -41,21 +41,38 @@ class CostError(ValueError):
     """Cost measurements that cannot be used; the message is one sentence for the user."""
 
 
+class Point(NamedTuple):
+    """Steps that were timed.
+
+    Attributes:
+        requests: of the batch.
+        rows: mean of a request.
+        seconds: of a step.
+        spread: half of the interval of the seconds beside a plain step's, relative to them.
+    """
+
+    requests: int
+    rows: float
+    seconds: float
+    spread: float = 0.0
+
+
 @dataclass(frozen=True)
 class MeasuredCost:
     """Steps timed in the engine: linear between what was measured, and beyond its ends.
 
     Attributes:
-        points: (requests, rows a request, seconds) of each measurement. Every number of requests needs one
-            row (plain decoding) and at least one larger block.
+        points: `Point`s, or what they are made of. Every number of requests needs one row (plain decoding) and at
+            least one larger block.
     """
 
-    points: Sequence[tuple[int, float, float]]
+    points: Sequence[tuple]
 
     def __post_init__(self) -> None:
         """Raises CostError."""
+        object.__setattr__(self, "points", sorted(Point(*point) for point in self.points))
         for requests in self.measured_requests:
-            rows, seconds = self._curve(requests)
+            rows, seconds, _ = self._curve(requests)
             if len(rows) < 2 or rows[0] != 1:
                 raise CostError(
                     f"Step cost at {requests} requests was measured for {rows.tolist()} rows a request; "
@@ -68,17 +85,27 @@ class MeasuredCost:
 
     @property
     def measured_requests(self) -> list[int]:
-        return sorted({requests for requests, _, _ in self.points})
+        return sorted({point[0] for point in self.points})
 
     def seconds(self, requests: int, rows: float, context: float = 0.0) -> float:
         """The context that was measured with is taken for every other: short next to the model's weights."""
         measured = self.measured_requests
-        each = [_line(*self._curve(n), rows / requests) for n in measured]
+        curves = [self._curve(n) for n in measured]
+        each = [_line(timed_rows, seconds, rows / requests) for timed_rows, seconds, _ in curves]
         return float(_line(np.array(measured, float), np.array(each), requests))
 
-    def _curve(self, requests: int) -> tuple[np.ndarray, np.ndarray]:
-        curve = sorted((rows, s) for n, rows, s in self.points if n == requests)
-        return np.array([rows for rows, _ in curve]), np.array([s for _, s in curve])
+    def spread(self, requests: int, rows: float) -> float:
+        """How far a step's seconds beside a plain step's may be off, relative to them: as at the points around."""
+        measured, each = self.measured_requests, []
+        for n in measured:
+            timed_rows, _, spread = self._curve(n)
+            each.append(np.interp(rows / requests, timed_rows[1:], spread[1:]))
+        return float(np.interp(requests, measured, each))
+
+    def _curve(self, requests: int) -> tuple[np.ndarray, ...]:
+        """`[points]` each: rows a request, seconds, spread; at that many requests, plain decoding first."""
+        curve = [point[1:] for point in self.points if point[0] == requests]
+        return tuple(np.array(column) for column in zip(*curve, strict=True))
 
 
 def _line(x: np.ndarray, y: np.ndarray, at: float) -> float:

@@ -281,7 +281,7 @@ def policy_of(
     points: Any = ladder.provenance.get("step_seconds")
     if ladder.is_fixed or not points:
         return None
-    cost = MeasuredCost([tuple(point) for point in points])
+    cost = MeasuredCost(points)
     adapter = AdapterConfig.load(adapter_dir)
     acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
     return WidthPolicy(

@@ -18,15 +18,22 @@ from bita_vllm.adapter_config import ModelShape
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
 from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tuning.cost import Point
+from bita_vllm.tuning.timing import Round, StepTime, compare_with_plain, min_rounds
 
 PROMPT_LEN = 64
 KV_BLOCK = 128  # tokens; vLLM's default on a CPU, the largest
-WARM_UP_STEPS = (
-    2  # after a change of width the first blocks have no candidates, or are still the old ones
-)
+# After a change of width the first blocks have no candidates, or are still the old ones.
+STEPS_TO_SETTLE = 2
 STEPS_A_ROUND = 4
 # With async scheduling a step's output may come while the next one runs: only many steps together tell the time.
 STEPS_TOGETHER = 8
+# Rounds go on until every interval is as narrow as this, relative to its middle, or this many were timed.
+PRECISION = 0.02
+MOST_ROUNDS = 24
+# A machine is warm when a round takes no less than this share of the one before it.
+STEADY = 0.97
+MOST_WARM_UPS = 12
 
 
 def profile_ladder(templates: Sequence[Template], max_requests: int) -> Ladder:
@@ -42,36 +49,63 @@ def profile_ladder(templates: Sequence[Template], max_requests: int) -> Ladder:
 
 def profile_steps(
     llm: Any, requests: Sequence[int], widths: Sequence[int], num_steps: int
-) -> list[tuple[int, float, float]]:
-    """(requests, mean rows a request, median seconds a step) for plain decoding and every width.
+) -> list[Point]:
+    """What plain steps and steps of every width take.
 
     Args:
         llm: an engine in this process, with a `profile_ladder` that has all `widths`.
         requests: numbers of requests in the batch.
-        num_steps: steps timed at each point at least, in at least two rounds.
+        num_steps: steps timed at each point at least.
     """
-    points = []
+    points: list[Point] = []
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     together = STEPS_TOGETHER if scheduler.scheduler_config.async_scheduling else 1
     per_round = max(STEPS_A_ROUND, together)
-    num_rounds = max(2, -(-num_steps // per_round))
-    orders = [PLAIN_WIDTH, *widths], [*widths[::-1], PLAIN_WIDTH]
-    with tqdm(total=num_rounds * len(requests), desc="timing steps", unit="round") as bar:
-        for n in requests:
-            found: dict[int, list[tuple[float, float]]] = {width: [] for width in orders[0]}
-            for i in range(num_rounds):
-                with _decoding(llm, n) as step:
-                    for width in orders[i % 2]:
-                        _set_width(scheduler, width)
-                        _timed(step, WARM_UP_STEPS)
-                        found[width] += [
-                            _timed(step, together) for _ in range(per_round // together)
-                        ]
+    fewest_rounds = max(min_rounds(), -(-num_steps // per_round))
+    order = [PLAIN_WIDTH, *widths]
+    for n in requests:
+        before = float("inf")
+        for _ in range(MOST_WARM_UPS):
+            seconds = _seconds(_time_round(llm, n, order, per_round, together))
+            if seconds > STEADY * before:
+                break
+            before = seconds
+        rounds: list[Round] = []
+        with tqdm(desc=f"timing steps, {n} requests", unit="round") as bar:
+            while len(rounds) < fewest_rounds or not is_precise(rounds):
+                # Every other round backwards, so that drift hits all alike.
+                rounds.append(
+                    _time_round(llm, n, order[:: 1 - 2 * (len(rounds) % 2)], per_round, together)
+                )
                 bar.update()
-            for measured in found.values():
-                rows = statistics.mean(rows for rows, _ in measured) / n
-                points.append((n, rows, statistics.median(seconds for _, seconds in measured)))
+        plain, found = compare_with_plain(rounds)
+        points.append(Point(n, 1.0, plain, 0.0))
+        points += [Point(n, c.rows / n, plain * c.ratio, c.spread) for c in found.values()]
     return points
+
+
+def is_precise(rounds: Sequence[Round]) -> bool:
+    """Whether more rounds are not worth their time."""
+    _, found = compare_with_plain(rounds)
+    return len(rounds) >= MOST_ROUNDS or all(c.spread <= PRECISION for c in found.values())
+
+
+def _seconds(one: Round) -> float:
+    return statistics.mean(time.seconds for times in one.values() for time in times)
+
+
+def _time_round(
+    llm: Any, num_requests: int, widths: Sequence[int], num_steps: int, together: int
+) -> Round:
+    """Steps of all widths on the same requests."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    found = {}
+    with _decoding(llm, num_requests) as step:
+        for width in widths:
+            _set_width(scheduler, width)
+            _timed(step, STEPS_TO_SETTLE)
+            found[width] = [_timed(step, together) for _ in range(num_steps // together)]
+    return found
 
 
 def graph_sizes(requests: Sequence[int], widths: Sequence[int]) -> list[int]:
@@ -81,7 +115,7 @@ def graph_sizes(requests: Sequence[int], widths: Sequence[int]) -> list[int]:
 
 def max_model_len(num_widths: int, max_depth: int, num_rows: int) -> int:
     """Tokens that a request of `profile_steps` may come to."""
-    steps = (num_widths + 1) * (WARM_UP_STEPS + max(STEPS_A_ROUND, STEPS_TOGETHER))
+    steps = (num_widths + 1) * (STEPS_TO_SETTLE + max(STEPS_A_ROUND, STEPS_TOGETHER))
     return PROMPT_LEN + steps * (max_depth + 1) + num_rows + 1
 
 
@@ -99,11 +133,12 @@ def _set_width(scheduler: Any, width: int) -> None:
     scheduler.dynamic_sd_lookup = [width] * len(scheduler.dynamic_sd_lookup)
 
 
-def _timed(step: Callable[[], int], number: int) -> tuple[float, float]:
-    """(rows of a step, seconds a step) over so many steps."""
-    start = time.perf_counter()
+def _timed(step: Callable[[], int], number: int) -> StepTime:
+    """Mean over so many steps."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     rows = sum(step() for _ in range(number))
-    return rows / number, (time.perf_counter() - start) / number
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return StepTime(rows / number, seconds / number, cpu_seconds / number)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bita_vllm.adapter_config import AdapterConfig
     from bita_vllm.ladder import Ladder
     from bita_vllm.tuning.choose import Choice
+    from bita_vllm.tuning.cost import Point
 
 # What decides the cost of a step: a profile of the same is not measured again.
 PROFILE_KEYS = ("model", "device", "cores", "dtype", "engine_args", "vllm", "torch")
@@ -45,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     add("--out", type=Path, help="file of the ladder (default: ladder.json in the adapter)")
     for name, meaning in (
         ("--max-num-seqs", "largest batch size"),
-        ("--steps", "steps to time at each point"),
+        ("--steps", "steps to time at each point, at least"),
     ):
         add(name, type=int, help=f"{meaning} ({_defaults(name)})")
     for name, meaning in (
@@ -135,7 +136,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     provenance |= {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "acceptance": "typical" if config.acceptance is None else "of the adapter",
-        "step_seconds": [list(point) for point in points],  # requests, rows a request, seconds
+        "step_seconds": [list(point) for point in points],  # `tuning.cost.Point`
     }
     ladder, choices = choose_ladder(
         acceptance,
@@ -149,9 +150,10 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     return ladder, choices, path
 
 
-def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Any] | None:
+def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Point] | None:
     """What was timed for the ladder in that file, if it was timed on the same."""
     from bita_vllm.ladder import Ladder, LadderVersionError
+    from bita_vllm.tuning.cost import Point
 
     if not path.is_file():
         return None
@@ -160,7 +162,7 @@ def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Any] | Non
     except LadderVersionError:
         return None
     same = all(had.get(key) == provenance[key] for key in PROFILE_KEYS)
-    return [tuple(point) for point in had["step_seconds"]] if same else None
+    return [Point(*point) for point in had["step_seconds"]] if same else None
 
 
 def _profile(
@@ -170,8 +172,8 @@ def _profile(
     acceptance: Any,
     engine_args: Mapping[str, Any],
     on_gpu: bool,
-) -> list[tuple[int, float, float]]:
-    """(requests, rows a request, seconds) of every point, from an engine of its own."""
+) -> list[Point]:
+    """Every point, from an engine of its own."""
     from bita_vllm.training.base_model import start_engine
     from bita_vllm.tree_search import best_templates
     from bita_vllm.tuning.profile import (
@@ -230,7 +232,7 @@ def _print_table(ladder: Ladder, choices: list[Choice]) -> None:
                 f"{choice.accepted_length:.2f}",
                 f"{1e3 * choice.seconds:.1f}",
                 f"{n * choice.accepted_length / choice.seconds:.1f}",
-                f"{choice.gain:.2f}",
+                f"{choice.gain:.2f} ± {choice.gain * choice.spread:.2f}" if choice.width else "1",
             )
     console = Console()
     console.print(table)
