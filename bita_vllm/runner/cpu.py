@@ -5,6 +5,7 @@ Source of the hooks: vllm/v1/worker/{cpu_worker,cpu_model_runner,gpu_model_runne
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,9 @@ class BitaCPUWorker(cpu_worker.CPUWorker):
     """vLLM's CPU worker with our runner in it."""
 
     def init_device(self) -> None:
+        # vLLM 0.32 cannot load what it saves of a compiled model on a CPU ("'function' object has no attribute
+        # 'finalize_loading'"), and compiles at each start. Without it, a start takes Inductor's own cache.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         with replaced(cpu_worker, "CPUModelRunner", BitaCPUModelRunner):
             super().init_device()
 

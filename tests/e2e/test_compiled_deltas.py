@@ -10,6 +10,7 @@ import pytest
 import torch
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
+from torch._dynamo.utils import counters
 from vllm import SamplingParams
 from vllm.config import CompilationMode
 
@@ -46,3 +47,22 @@ def test_tokens_equal_plain_vllm(tiny_model, tmp_path):
         for ours, theirs in zip(outputs, plain, strict=True):
             assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         assert max(len(step.tokens) for step in steps) == 3, "no tree was accepted to its end"
+
+
+def test_a_second_start_compiles_nothing(tiny_model, tmp_path, monkeypatch):
+    """Neither form of the model; vLLM's own way to keep them fails on a CPU, and compiles at each start."""
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    model = tiny_model("llama", num_hidden_layers=1)
+    adapter = make_adapter(model, tmp_path / "adapter", lora_rank=8)
+    found = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        with engine(model, {"model": str(adapter), "tree": "2,1"}, **OPTIONS):
+            of_cache = counters["inductor"]
+            found.append((of_cache["fxgraph_cache_miss"], of_cache["fxgraph_cache_hit"]))
+    (missed, _), (missed_again, hit) = found
+    assert missed == hit == 2, found
+    assert missed_again == 0

@@ -54,16 +54,17 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
     assert len(ladder.lookup(5)) == 6
     points = ladder.provenance["step_seconds"]
     print(points)
-    assert [n for n, _, _ in points] == [1, 1, 1, 3, 3, 3]
+    assert [n for n, *_ in points] == [1, 1, 1, 3, 3, 3]
     for n in (1, 3):
-        rows = [r for m, r, _ in points if m == n]
+        rows = [r for m, r, *_ in points if m == n]
         assert rows[0] == 1
         if ON_GPU_RUNNER:
             assert rows[1:] == [4, 12], "blocks are padded"
         else:
             assert 2 <= rows[1] <= 4
             assert 9 <= rows[2] <= 12
-    assert all(0 < seconds < 5 for _, _, seconds in points)
+    assert all(0 < seconds < 5 for _, _, seconds, _ in points)
+    assert all((spread > 0) == (rows > 1) for _, rows, _, spread in points)
     assert ladder.provenance["device"]
     cost, acceptance = MeasuredCost(points), acceptance_table(None, 3)
     expected, _ = choose_ladder(acceptance, cost, 5, padded=ON_GPU_RUNNER)

@@ -96,3 +96,17 @@ def test_better_acceptance_never_chooses_a_slower_ladder():
         _, choices = choose_ladder(ACCEPTANCE * scale, H100_8B, 64, budgets=BUDGETS, padded=True)
         gains.append([choice.gain for choice in choices])
     assert (np.diff(gains, axis=0) >= -1e-9).all()
+
+
+def test_drafts_only_where_they_beat_plain_decoding_beyond_what_the_times_may_be_off():
+    """Two requests were timed among neighbours: the same gain is not sure there."""
+    points = [(n, rows, 0.05 + 0.005 * (rows - 1)) for n in (1, 2) for rows in (1, 3, 6)]
+    _, choices = choose_ladder(ACCEPTANCE, MeasuredCost(points), 2, budgets=BUDGETS)
+    gain = choices[0].gain
+    assert choices[0].width == choices[1].width > 0
+    for spread, drafts in ((0.9 * (gain - 1), True), (1.1 * (gain - 1), False)):
+        timed = [(*point, spread * (point[0] == 2) * (point[1] > 1)) for point in points]
+        _, choices = choose_ladder(ACCEPTANCE, MeasuredCost(timed), 2, budgets=BUDGETS)
+        assert choices[0].width > 0 and choices[0].spread == 0
+        assert (choices[1].width > 0) == drafts
+        assert choices[1].spread == (pytest.approx(spread) if drafts else 0)

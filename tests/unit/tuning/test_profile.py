@@ -8,6 +8,7 @@ from bita_vllm.adapter_config import ModelShape
 from bita_vllm.ladder import Ladder, LadderError
 from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tuning.cost import Point
 from bita_vllm.tuning.profile import graph_sizes, kv_cache_bytes, profile_ladder
 from bita_vllm.tuning.tune_command import PROFILE_KEYS, _points_of
 
@@ -41,7 +42,7 @@ def test_points_of_an_older_ladder_file_are_timed_anew(tmp_path):
     path, machine = tmp_path / "ladder.json", dict.fromkeys(PROFILE_KEYS, "this")
     provenance = {**machine, "step_seconds": [[1, 1, 0.5]]}
     Ladder(sets_of_one([Template.from_widths([1], 3)]), [(1, 1, 0)], provenance).save(path)
-    assert _points_of(path, machine) == [(1, 1, 0.5)]
+    assert _points_of(path, machine) == [Point(1, 1, 0.5)]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bita_ladder": 1}))
     assert _points_of(path, machine) is None
     path.write_text("not a ladder")
