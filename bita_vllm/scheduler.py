@@ -71,7 +71,8 @@ class _BlockScheduler(Scheduler):
             padded=config.on_gpu(),
             most_requests=most_requests(self.vllm_config) if config.on_gpu() else None,
         )
-        self._last_decode = (0, 0.0)  # requests, end of the last step if it did nothing but decode
+        # Requests, end and CPU clock of the last step if it did nothing but decode.
+        self._last_decode: tuple[int, float, float | None] = (0, 0.0, None)
 
     def add_request(self, request: Request) -> None:
         """Stock; what is counted for one request has a place for each depth."""
@@ -150,11 +151,17 @@ class _BlockScheduler(Scheduler):
             and step.total_num_scheduled_tokens == rows_of_blocks
         )
         # From the end of a step to the end of the next one is what a step takes, with and without async scheduling.
-        requests_before, end_before = self._last_decode
+        requests_before, end_before, cpu_before = self._last_decode
+        cpu_clock: float | None = getattr(output, "cpu_clock", None)  # of the CPU runner's process
+        self._last_decode = (num_requests if only_decoding else 0, now, cpu_clock)
         timed = only_decoding and requests_before == num_requests
-        self._last_decode = (num_requests if only_decoding else 0, now)
-        last_nodes = getattr(output, "last_nodes", [])
-        policy.saw_step(output.req_ids, lines, last_nodes, now - end_before if timed else None)
+        policy.saw_step(
+            output.req_ids,
+            lines,
+            getattr(output, "last_nodes", []),
+            now - end_before if timed else None,
+            None if cpu_clock is None or cpu_before is None else cpu_clock - cpu_before,
+        )
         if policy.review(now):
             logger.info("bita: rows by load now %s", policy.describe())
         self._use_table(policy.lookup)

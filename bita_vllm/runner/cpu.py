@@ -6,6 +6,7 @@ Source of the hooks: vllm/v1/worker/{cpu_worker,cpu_model_runner,gpu_model_runne
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +212,7 @@ class BitaCPUModelRunner(CPUModelRunner):
         return list(groups.values())
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """Stock; the scheduler is told which block each request had, and where its walk stopped.
+        """Stock; the scheduler is told which block each request had, where its walk stopped, and the CPU time.
 
         In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
         """
@@ -221,6 +222,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         if output is not None and blocks is not None:
             output.block_lines = blocks.line.tolist()
             output.last_nodes = self._last_nodes
+        if output is not None:
+            output.cpu_clock = time.process_time()
         return output
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: None) -> SamplerOutput:

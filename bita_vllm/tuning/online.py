@@ -38,6 +38,9 @@ REVIEW_SECONDS = 10.0
 FADE = 0.9  # of all counts, at each review: half is left after a minute
 PRIOR_HITS = 30.0  # that the expectation counts as beside what is seen
 PROBE_STEPS = 16  # of plain decoding, to tell rows that cost more from a slower machine
+SURE = 2.0  # standard errors: within, a gain may be a loss
+# Standard deviation of a block's accepted length, relative to its mean, and how many blocks the expectation counts as.
+LENGTH_DEVIATION, PRIOR_BLOCKS = 0.5, 280.0
 
 
 class Acceptance:
@@ -100,6 +103,11 @@ class Acceptance:
         """Older evidence counts less."""
         self._stops *= FADE
 
+    @property
+    def num_blocks(self) -> float:
+        """Blocks that were seen, older ones counted less."""
+        return float(self._stops.sum())
+
     def estimate(self) -> np.ndarray:
         """`[ages, 2, k, ranks]` acceptance as it is now."""
         visits = self._stops.copy()
@@ -127,8 +135,10 @@ class Acceptance:
 class WidthPolicy:
     """The table from batch size to width, as it is best now.
 
-    Where blocks take longer than expected and no plain step was seen of late, a few plain steps are put in
-    between: only they tell rows that cost more from a machine that is slower at everything.
+    What is chosen goes by what is sure: drafts give way to plain decoding only if even the upper end of their gain's
+    interval is a loss. Where it is not sure that they gain, or they take longer than expected, and no plain step was
+    seen of late, a few plain steps are put in between: only they tell rows that cost more from a machine that is
+    slower at everything.
     """
 
     def __init__(
@@ -166,6 +176,7 @@ class WidthPolicy:
         self._table: list[int] = ladder.lookup(max_num_seqs).tolist()
         self._no_drafts = [PLAIN_WIDTH] * len(self._table)
         self._probe = 0  # plain steps still to see
+        self._may_lose = False  # for all that is known, drafts may be slower than plain decoding at the last load
         self._num_requests = 1  # of the last step
         run = evaluate(self._drafts, acceptance)
         rows = rows_of(sets, run.rows, padded)
@@ -204,8 +215,13 @@ class WidthPolicy:
         # row where its walk stopped
         last_nodes: Sequence[int],
         seconds: float | None,
+        cpu_seconds: float | None = None,
     ) -> None:
-        """One step: its blocks, and what it took, None if it did other work too."""
+        """One step: its blocks, and what it took, None if it did other work too.
+
+        Args:
+            cpu_seconds: of all threads that computed it; None if they are not this process's.
+        """
         self._num_requests = num_requests = len(requests)
         line = np.asarray(lines) if len(lines) else np.full(num_requests, NO_BLOCK)
         node = np.asarray(last_nodes) if len(lines) else np.zeros_like(line)
@@ -220,7 +236,7 @@ class WidthPolicy:
         if (used != template).any() or (share < 1 and self._accounts is None):
             return
         if seconds is not None:
-            self.cost.add(template, num_requests, seconds, share)
+            self.cost.add(template, num_requests, seconds, share, cpu_seconds)
         if template == PLAIN and self._probe:
             self._probe -= 1
 
@@ -232,26 +248,44 @@ class WidthPolicy:
         self._reviewed = now
         run = evaluate(self._drafts, self.acceptance.estimate())
         lengths = run.accepted_length * self._gains
-        seconds = self.cost.seconds()
+        seconds, errors = self.cost.seconds(), self.cost.errors()
+        of_length = LENGTH_DEVIATION / np.sqrt(self.acceptance.num_blocks + PRIOR_BLOCKS)
+        doubt = SURE * np.sqrt(errors[:-1] ** 2 + errors[-1] ** 2 + of_length**2)  # [T, N]
+        changed = self._choose(gains_over_plain(lengths, seconds[:-1], seconds[-1]), doubt)
+        if self._plain_is_usable and (
+            self.cost.needs_plain_steps(self._num_requests) or self._may_lose
+        ):
+            self._probe = PROBE_STEPS
         self.acceptance.fade()
         self.cost.fade(FADE)
-        if self._plain_is_usable and self.cost.needs_plain_steps(self._num_requests):
-            self._probe = PROBE_STEPS
-        changed = self._choose(lengths, seconds[:-1], seconds[-1])
         self._set_prices(seconds)
         return changed
 
-    def _choose(self, lengths: np.ndarray, seconds: np.ndarray, plain: np.ndarray) -> bool:
+    def _choose(
+        self,
+        # [T, N] tokens a second over plain decoding's
+        gains: np.ndarray,
+        # [T, N] how far they may be off, relative to them
+        doubt: np.ndarray,
+    ) -> bool:
         min_gain = MIN_GAIN if self._plain_is_usable else -1.0
-        gains = np.where(self._usable, gains_over_plain(lengths, seconds, plain), 0.0)
+        gains = np.where(self._usable, gains, 0.0)
         best, gain = fastest(gains, min_gain)
         current = np.array([self._widths.index(width) for width in self._table[1:]])
-        kept = np.vstack([gains, np.ones_like(plain)])[current, np.arange(len(current))]
+        every, plain = np.arange(len(current)), len(gains)
+        kept = np.vstack([gains, np.ones_like(gain)])[current, every]
+        kept_doubt = np.vstack([doubt, np.zeros_like(gain)])[current, every]
         change = (best != current) & (gain > kept * (1 + MIN_GAIN))
-        # Plain decoding takes over as soon as blocks lose.
-        change |= (best == PLAIN) & (kept < 1.0)
+        loses = kept * (1 + kept_doubt) < 1.0
+        change = np.where((best == PLAIN) & (current != plain), loses, change)
         for i in np.flatnonzero(change).tolist():
             self._table[i + 1] = self._widths[int(best[i])]
+        now = self._num_requests
+        self._may_lose = bool(
+            self._table[now] != PLAIN_WIDTH
+            and kept[now - 1] * (1 - kept_doubt[now - 1]) < 1.0
+            and not self.cost.knows_plain_steps(now)
+        )
         return bool(change.any())
 
     def _set_prices(

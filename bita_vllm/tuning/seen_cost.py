@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 
 from bita_vllm.tuning.choose import PLAIN
+from bita_vllm.tuning.timing import BUSY_LOSS
 
 # Steps that the expectation counts as beside what is seen.
 PRIOR_STEPS = 4.0
 FEW_STEPS = 8  # say nothing yet
+MOST_STEPS = 128  # that are remembered of a kind: enough to be sure, few enough to fade in minutes
+PRIOR_ERROR = 0.03  # standard error of an expectation, relative to it
+# Of the CPU seconds a second of wall time that steps of a kind have at best: how much is forgotten a step, so that
+# on a machine that is never quiet again steps count again.
+BEST_FADES = 1e-3
 LONGEST = 3.0  # times the mean: a step that took longer says nothing about its width
 # Blocks that cost so much more or less than expected beside plain decoding: is it the rows, or the machine?
 SUSPICIOUS = 0.1
@@ -39,12 +45,29 @@ class SeenCost:
         self._steps = np.zeros_like(self._prior)
         self._seen = np.zeros_like(self._prior)  # seconds
         self._expected = np.zeros_like(self._prior)  # seconds of the same steps
+        self._squares = np.zeros_like(self._prior)  # of factors less the one that was found, summed
+        self._busiest = np.zeros_like(self._prior)  # CPU seconds a second of wall time
         self._factors = np.ones_like(self._prior)
 
-    def add(self, template: int, num_requests: int, seconds: float, share: float = 1.0) -> None:
-        """A step of such blocks for a share of the requests, one row for the others; PLAIN for plain decoding."""
+    def add(
+        self,
+        template: int,
+        num_requests: int,
+        seconds: float,
+        share: float = 1.0,
+        cpu_seconds: float | None = None,
+    ) -> None:
+        """A step of such blocks for a share of the requests, one row for the others; PLAIN for plain decoding.
+
+        With `cpu_seconds` of the process, a step that a neighbour disturbed does not count.
+        """
         octave = self._octave[num_requests - 1]
         cell = template, octave
+        if cpu_seconds is not None:
+            busy, best = cpu_seconds / seconds, self._busiest[cell] * (1 - BEST_FADES)
+            self._busiest[cell] = max(best, busy)
+            if busy < best * (1 - BUSY_LOSS):
+                return
         of_rest = self._factors[PLAIN, octave] * self.expected[PLAIN, num_requests - 1]
         seen = seconds - (1 - share) * of_rest
         expected = share * self.expected[template, num_requests - 1]
@@ -53,11 +76,24 @@ class SeenCost:
             self._steps[cell] += share
             self._seen[cell] += seen
             self._expected[cell] += expected
+            self._squares[cell] += (
+                share * (seen / expected - self._seen[cell] / self._expected[cell]) ** 2
+            )
+            if self._steps[cell] > MOST_STEPS:
+                self._keep(MOST_STEPS / self._steps[cell], cell)
 
     def fade(self, share: float) -> None:
         """Evidence so far counts so much less."""
-        for counts in (self._steps, self._seen, self._expected):
-            counts *= share
+        self._keep(share, ...)
+
+    def _keep(self, share: float, cells: Any) -> None:
+        for counts in (self._steps, self._seen, self._expected, self._squares):
+            counts[cells] *= share
+
+    def errors(self) -> np.ndarray:
+        """`[T+1, N]` standard errors of `seconds`, relative to them."""
+        squares = self._squares + PRIOR_STEPS**2 * PRIOR_ERROR**2
+        return np.sqrt(squares)[:, self._octave] / (self._steps + PRIOR_STEPS)[:, self._octave]
 
     def seconds(self) -> np.ndarray:
         """`[T+1, N]` of a step as it is now, by template, plain decoding last, and batch size from 1 up."""
@@ -79,10 +115,14 @@ class SeenCost:
         self._factors = np.vstack([blocks, plain])
         return self.expected * self._factors[:, self._octave]
 
+    def knows_plain_steps(self, num_requests: int) -> bool:
+        """Whether plain steps were seen of late, with about so many requests."""
+        return bool(self._steps[PLAIN, self._octave[num_requests - 1]] >= FEW_STEPS)
+
     def needs_plain_steps(self, num_requests: int) -> bool:
         """Whether blocks took more or less than expected, and no plain step tells if it was the machine."""
         octave = self._octave[num_requests - 1]
-        if self._steps[PLAIN, octave] >= FEW_STEPS:
+        if self.knows_plain_steps(num_requests):
             return False
         seen = self._steps[:PLAIN, octave] >= FEW_STEPS
         beside_plain = self._factors[:PLAIN, octave][seen] / self._of_plain(1.0)

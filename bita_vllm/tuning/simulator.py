@@ -66,6 +66,7 @@ def simulate(
     others: Sequence[np.ndarray] = (),
     probabilities: Sequence[np.ndarray] = (),
     acceptance: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
 ) -> Simulated:
     """Serve answers drawn at random until about `num_walks` blocks were walked.
 
@@ -74,6 +75,7 @@ def simulate(
     `others`: a second kind of answers, which every second request draws from.
     `probabilities`, `[n, k, ranks]` for each of `traces`, and the adapter's `acceptance` table: with both, blocks
     choose among the trees of their width's set; else they have its first one.
+    `noise`, `[n, 2]`: what consecutive steps took of a quiet machine's seconds, and CPU seconds a second; repeated.
     """
     rng = np.random.default_rng(seed)
     given = list(probabilities) + [None] * (len(traces) - len(probabilities))
@@ -105,7 +107,7 @@ def simulate(
     tokens = [0] * len(kinds)
     rows = 0
     now = 0.0
-    for _ in range(num_steps):
+    for index_of_step in range(num_steps):
         width = (table if policy is None else policy.lookup)[concurrency]
         step_rows = concurrency
         requests = [name for name, *_ in flight]
@@ -131,9 +133,14 @@ def simulate(
             flight[i] = (name, answer, root, after) if goes_on else join(i, from_start=True)
         rows += step_rows
         seconds = cost.seconds(concurrency, step_rows, context)
+        cpu_seconds = None
+        if noise is not None:
+            factor, busy = noise[index_of_step % len(noise)].tolist()
+            seconds *= factor
+            cpu_seconds = busy * seconds
         now += seconds
         if policy is not None:
-            policy.saw_step(requests, lines, last_nodes, seconds)
+            policy.saw_step(requests, lines, last_nodes, seconds, cpu_seconds)
             policy.review(now)
     plain = concurrency / cost.seconds(concurrency, concurrency, context)
     of_first = len(range(0, concurrency, len(kinds))) / concurrency
