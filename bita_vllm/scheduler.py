@@ -164,6 +164,8 @@ class _BlockScheduler(Scheduler):
         )
         if policy.review(now):
             logger.info("bita: rows by load now %s", policy.describe())
+        if policy.broken_promise:
+            logger.warning("bita: %s", policy.broken_promise)
         self._use_table(policy.lookup)
 
     def _use_table(self, table: list[int]) -> None:

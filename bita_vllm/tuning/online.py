@@ -29,6 +29,7 @@ from bita_vllm.tuning.choose import (
 )
 from bita_vllm.tuning.cost import MeasuredCost, StepCost
 from bita_vllm.tuning.process import reach_by_depths
+from bita_vllm.tuning.promise import Promise
 from bita_vllm.tuning.seen_cost import SeenCost
 
 if TYPE_CHECKING:
@@ -186,7 +187,10 @@ class WidthPolicy:
         # [T, N] whether a batch size may have the template
         self._usable = usable[:, None] & (np.outer(rows, sizes) <= most_rows) & np.array(may_have)
         self.acceptance = Acceptance(sets, acceptance)
-        self.cost = SeenCost(np.vstack(step_seconds(cost, rows, sizes, context)))
+        expected = np.vstack(step_seconds(cost, rows, sizes, context))
+        self.cost = SeenCost(expected)
+        self._promise = Promise(run.accepted_length * self._gains, expected)
+        self.broken_promise: str | None = None  # of the last review, a sentence for the log
         self._template_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
         self._rows = rows
         self._accounts = None if padded else Accounts(TemplateTable(*templates_of(sets)))
@@ -243,12 +247,18 @@ class WidthPolicy:
     def review(self, now: float | None = None) -> bool:
         """Derive the table anew if it is time; whether it changed."""
         now = time.monotonic() if now is None else now
+        self.broken_promise = None
         if now - self._reviewed < REVIEW_SECONDS:
             return False
         self._reviewed = now
         run = evaluate(self._drafts, self.acceptance.estimate())
         lengths = run.accepted_length * self._gains
         seconds, errors = self.cost.seconds(), self.cost.errors()
+        n = self._num_requests
+        template = self._widths.index(self._table[n])
+        self.broken_promise = self._promise.what_came(
+            now, template if self._table[n] else PLAIN, n, lengths, seconds
+        )
         of_length = LENGTH_DEVIATION / np.sqrt(self.acceptance.num_blocks + PRIOR_BLOCKS)
         doubt = SURE * np.sqrt(errors[:-1] ** 2 + errors[-1] ** 2 + of_length**2)  # [T, N]
         changed = self._choose(gains_over_plain(lengths, seconds[:-1], seconds[-1]), doubt)

@@ -294,3 +294,34 @@ def test_ladders_without_measured_cost_stay_as_they_are():
     ranges = [(1, 2, width), (3, 8, 0)]
     assert policy_of(Ladder(alone, ranges), adapter, 8, False) is None
     assert policy_of(Ladder(alone, ranges, points), adapter, 8, False)
+
+
+@pytest.mark.parametrize(
+    ("masks", "dearer", "says"),
+    [(GOOD, 1.0, None), (GOOD, 2.0, "a step 1.4"), (POOR, 1.0, "tokens a step where")],
+)
+def test_a_promise_that_the_first_minute_breaks_is_said_once(masks, dearer, says):
+    ladder = choose_ladder(statistics(GOOD), ROWS_COST, 1, budgets=BUDGETS)[0]
+    policy = WidthPolicy(ladder, statistics(GOOD), ROWS_COST, 1, now=0.0)
+    rows_cost = ROWS_COST.seconds(1, 1 + policy.lookup[1]) / ROWS_COST.seconds(1, 1)
+    assert rows_cost > 1.05
+    review, said = policy.review, []
+
+    def reviewing(now):
+        changed = review(now)
+        if policy.broken_promise:
+            said.append((now, policy.broken_promise))
+        return changed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "review", reviewing)
+        patch.setattr("bita_vllm.tuning.online.MIN_GAIN", -1.0)  # blocks stay
+        patch.setattr("bita_vllm.tuning.online.SURE", 50.0)
+        cost = MeasuredCost([(1, 1, 0.05), (1, 2, 0.05 + 0.004 * dearer)])
+        simulate(ladder, served(masks), cost, 1, num_walks=4000, policy=policy)
+    if says is None:
+        assert not said
+    else:
+        ((now, sentence),) = said
+        assert 60 <= now < 60 + 2 * REVIEW_SECONDS + 1
+        assert says in sentence and sentence.endswith("'bita tune' times this machine anew.")
