@@ -11,8 +11,9 @@ DTYPE = $$($(BIN)/python -c 'from bita_vllm.training.base_model import choose_dt
 # On few cores one process computes, on all of them: vLLM's engine process would wait for its worker's in a busy loop.
 CORES := $(shell $(PYTHON) -c 'import os; print(*sorted(os.sched_getaffinity(0)), sep=",")')
 ONE_PROCESS := VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_OMP_THREADS_BIND=$(CORES) OMP_NUM_THREADS=$(shell nproc)
+# vLLM 0.32 cannot load on a CPU what it saves of a compiled model: without it a start takes Inductor's own cache.
 # Intel's OpenMP (from the venv) and, where the system has it, tcmalloc: what vLLM advises on a CPU.
-FAST := $(if $(filter 1 2 3 4,$(shell nproc)),$(ONE_PROCESS)) \
+FAST := VLLM_USE_AOT_COMPILE=0 $(if $(filter 1 2 3 4,$(shell nproc)),$(ONE_PROCESS)) \
 	LD_PRELOAD="$$(ls -d $(CURDIR)/.venv/lib/libiomp5.so $$(PATH="$$PATH:/sbin" ldconfig -p | \
 	awk '/libtcmalloc_minimal\.so\.4 /{print $$NF; exit}') 2>/dev/null | paste -sd:)"
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.

@@ -44,6 +44,9 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # stronger than any argument
     if ON_GPU_RUNNER:
         schedule_ahead(monkeypatch)
+        # As few rounds as there can be: the interpreter takes its time.
+        monkeypatch.setattr(profile, "PRECISION", 10.0)
+        monkeypatch.setattr(profile, "MOST_WARM_UPS", 1)
     with torch_threads(1), in_this_process():
         assert cli.main(argv) == 0
     (config,) = configs
