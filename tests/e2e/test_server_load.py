@@ -55,7 +55,7 @@ MAX_TOKENS = 3500  # more than a client stays for, however slow the machine
 # A step at a change of width costs what its rows cost, and no step has many more of these than one at the peak:
 # 64 x 6 rows, against 24 x 18 and 2 x 28. Ten times a step at the peak is a stall, whatever the machine does.
 STALL = 10
-RAMP_TIMEOUT_S = 400  # 40 s on an idle machine
+RAMP_TIMEOUT_S = 1800  # ends a hang: 40 s on an idle machine
 PAUSE = 2.0  # seconds that a busy machine may take away from any process, or as many as it did elsewhere
 
 
