@@ -55,12 +55,12 @@ async def send(connections: httpx.AsyncClient, request: Request) -> Answer:
     response.raise_for_status()
     found = response.json()
     message = found["choices"][0]["message"]
-    called = message.get("tool_calls")
-    text = called[0]["function"]["arguments"] if called else message["content"]
-    # JSON may have white space without end. A tool's finish reason is always "stop".
+    if request.kind == "tools":  # what a call holds is the parser's
+        return Answer(fault="" if message["tool_calls"] else "calls no tool")
+    # JSON may have white space without end.
     complete = found["usage"]["completion_tokens"] < request.body["max_tokens"]
-    if complete and not follows_schema(text):
-        return Answer(fault=f"does not follow its schema: {text!r}")
+    if complete and not follows_schema(message["content"]):
+        return Answer(fault=f"does not follow its schema: {message['content']!r}")
     return Answer()
 
 

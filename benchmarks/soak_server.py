@@ -63,7 +63,7 @@ class SoakServer(ServerProcess):
             answers += asyncio.run(
                 send_all(self.url, requests[len(answers) : end], clients, answered)
             )
-            engine = self.engine_when_idle()
+            engine = self.engine_when_idle(requests[0].body["model"])
             seconds = time.perf_counter() - begin
             after = self.counters()
             tokens, drafted, accepted, preempted = (after[name] - before[name] for name in after)
@@ -75,14 +75,26 @@ class SoakServer(ServerProcess):
             )
         return states, answers
 
-    def engine_when_idle(self) -> dict[str, Any]:
-        """What the engine holds when its last request is gone. Raises ServerError."""
+    def engine_when_idle(self, model: str) -> dict[str, Any]:
+        """What the engine holds when its last request is gone. Raises ServerError.
+
+        vLLM's runner hears in the next step which requests have ended: one more request takes that step.
+        """
+        self.wait_for_requests()
+        body = {"model": model, "prompt": [5], "max_tokens": 4, "temperature": 0.0}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=IDLE_TIMEOUT_S)
+        if answer.status_code != 200:
+            raise self.error(f"answers {answer.status_code} after a leg")
+        self.wait_for_requests()
+        return self.engine_state()
+
+    def wait_for_requests(self) -> None:
+        """Wait until the engine has none. Raises ServerError."""
         deadline = time.monotonic() + IDLE_TIMEOUT_S
-        while (state := self.engine_state())["requests"]:
+        while number := self.engine_state()["requests"]:
             if time.monotonic() > deadline:
-                raise self.error(f"still has {state['requests']} requests of clients that are gone")
+                raise self.error(f"still has {number} requests of clients that are gone")
             time.sleep(0.1)
-        return state
 
     def engine_state(self) -> dict[str, Any]:
         """As `SoakWorker` tells it. Raises ServerError."""
