@@ -41,12 +41,12 @@ def cover_widths(vllm_config: VllmConfig) -> None:
 def most_requests(vllm_config: VllmConfig) -> dict[int, int]:
     """Width -> the most requests of a step that may have it.
 
-    The table from batch size to width may change while serving (tuning/online.py). Its largest step, in rows, bounds
-    all widths: a step of more rows would cost more than any that was found to pay.
+    The table from batch size to width may change while serving (tuning/online.py). Its largest step with blocks, in
+    rows, bounds all widths: a step of more rows would cost more than any that was found to pay.
     """
     scheduler = vllm_config.scheduler_config
     named = _widest_batches(vllm_config)
-    rows = max(n * (width + 1) for width, n in named.items())
+    rows = max((n * (width + 1) for width, n in named.items() if width), default=0)
     rows = min(rows, scheduler.max_num_batched_tokens)
     return {
         width: min(scheduler.max_num_seqs, rows // (width + 1)) if width else scheduler.max_num_seqs

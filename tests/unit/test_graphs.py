@@ -101,6 +101,15 @@ def test_every_decode_batch_has_a_full_graph_of_its_width(make_config, monkeypat
         assert largest == most, "graphs that no batch uses, or batches without"
 
 
+def test_plain_steps_do_not_bound_the_rows_of_blocks(make_config):
+    """1024 requests that decode plainly are more rows than any step with blocks has."""
+    config = make_config([(1, 4, 27), (5, 8, 15), (9, MAX_NUM_SEQS, 0)])
+    config.scheduler_config.max_num_seqs = 1024
+    assert graphs.most_requests(config) == {27: 4, 15: 8, 0: 1024}
+    config.speculative_config.num_speculative_tokens_per_batch_size = [(1, MAX_NUM_SEQS, 0)]
+    assert graphs.most_requests(config) == {0: 1024}
+
+
 def test_plain_steps_have_plain_vllms_graphs(make_config, monkeypatch):
     """Of no more rows than there; batches behind vLLM's largest graph have none, as there."""
     config = make_config(LADDER)
