@@ -226,6 +226,8 @@ class WidthPolicy:
         Args:
             cpu_seconds: of all threads that computed it; None if they are not this process's.
         """
+        if not requests:
+            return
         self._num_requests = num_requests = len(requests)
         line = np.asarray(lines) if len(lines) else np.full(num_requests, NO_BLOCK)
         node = np.asarray(last_nodes) if len(lines) else np.zeros_like(line)

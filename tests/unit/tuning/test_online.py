@@ -285,6 +285,19 @@ def test_policy_uses_no_width_that_the_ladder_does_not_name():
     assert set(policy.lookup[1:]) <= {23, 7}
 
 
+def test_a_step_without_requests_says_nothing():
+    """One that vLLM ran for a transfer, or to end requests: it used to stand for the largest batch."""
+    templates = best_templates([4, 8], statistics(GOOD))
+    ladder = Ladder(sets_of_one(templates), [(1, 4, 7), (5, 8, 0)], {"step_seconds": []})
+    policy = WidthPolicy(ladder, statistics(GOOD), H100_8B, 8, padded=True, now=0.0)
+    policy.saw_step(["a"], [-1], [0], 0.1)
+    policy._probe = 3
+    policy.saw_step([], [], [], None)
+    policy.saw_step([], [], [], 1.0)
+    assert policy._num_requests == 1 and policy._probe == 3
+    assert policy.cost._steps.sum() == 1
+
+
 def test_ladders_without_measured_cost_stay_as_they_are():
     template = Template.from_widths([2, 1], 3)
     points = {"step_seconds": [[1, 1, 1.0], [1, 4, 1.1]]}
