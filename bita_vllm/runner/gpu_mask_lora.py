@@ -10,21 +10,16 @@ from bita_vllm.runner.mask_lora import MaskRows, opaque_operation
 
 
 class CountedMaskRows(MaskRows):
-    """The mask rows of a step, and the counts with which the programs of a launch wait for each other.
-
-    One launch follows the other, so all layers share the counts.
-
-    Attributes:
-        arrivals: `[3, row tiles]` int32, zeros between launches.
-    """
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        super().__init__(capacity, device)
-        self.arrivals = make_arrivals(capacity, device)
+    """The mask rows of a step, and the counts with which the programs of a launch wait for each other."""
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """As MaskRows.buffers."""
-        return super().buffers() | {"mask_row_arrivals": self.arrivals}
+        """As MaskRows.buffers, with counts of the layer's own: zeros between launches.
+
+        Launches of two layers may overlap, so layers do not share them: vLLM runs shared experts on a stream of
+        their own, beside the router (vllm/model_executor/layers/fused_moe/runner/shared_experts.py).
+        """
+        arrivals = make_arrivals(len(self.rows), self.rows.device)
+        return super().buffers() | {"mask_row_arrivals": arrivals}
 
 
 def _add_mask_lora_to_blocks(

@@ -87,7 +87,7 @@ class MaskRows:
         self.num.fill_(len(rows))
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What the operation reads of a step, in the order of its arguments, and a layer's names of it."""
+        """What a layer's operation reads of a step, in the order of its arguments, and the layer's names of it."""
         return {"mask_rows": self.rows, "num_mask_rows": self.num}
 
 
@@ -261,7 +261,7 @@ def put_in_mask_lora(
     by_layer: dict[str, list[str]] = {}
     for name, place in places.items():
         by_layer.setdefault(place.layer_name, []).append(name)
-    added, of_step = 0, mask_rows.buffers()
+    added = 0
     for names in by_layer.values():
         names.sort(key=lambda name: places[name].pieces.start)
         layer = places[names[0]].layer
@@ -272,6 +272,7 @@ def put_in_mask_lora(
         layer.register_buffer("mask_lora_a", a.to(device), persistent=False)
         layer.register_buffer("mask_lora_b", b.to(device), persistent=False)
         layer.register_buffer("mask_lora_parts", parts.to(device), persistent=False)
+        of_step = mask_rows.buffers()
         for name, buffer in of_step.items():
             layer.register_buffer(name, buffer, persistent=False)
         layer.quant_method = MaskLoraMethod(layer.quant_method, add, tuple(of_step))

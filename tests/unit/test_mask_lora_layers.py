@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from bita_vllm.adapter import AdapterError
 from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.runner.gpu_mask_lora import CountedMaskRows
 from bita_vllm.runner.mask_lora import (
     MaskLoraMethod,
     MaskRows,
@@ -201,6 +202,21 @@ def test_the_operation_gets_all_that_its_mask_rows_hold(tensor_parallel):
     (arguments,) = calls
     assert arguments[5] is rows.rows and arguments[6] is rows.num
     assert arguments[7] is layer.mask_row_arrivals and len(arguments) == 8
+
+
+def test_layers_have_counts_of_their_own(tensor_parallel):
+    """vLLM runs shared experts on a second stream beside the router: launches of two layers overlap."""
+    model, device = Model(), torch.device("cpu")
+    pairs = {
+        f"model.layers.{i}.o_proj": (torch.ones(RANK, 16), torch.ones(IN, RANK)) for i in (0, 1)
+    }
+    deltas = MaskLoraWeights(RANK, RANK * SCALE, pairs)
+    pack = in_dtype(torch.float32)
+    put_in_mask_lora(model, deltas, CountedMaskRows(40, device), lambda *a: None, pack, device)
+    first, second = (layer.o_proj for layer in model.model.layers)
+    assert first.mask_row_arrivals.shape == (3, 3)
+    assert first.mask_row_arrivals.data_ptr() != second.mask_row_arrivals.data_ptr()
+    assert first.mask_rows is second.mask_rows, "the rows of the step are the same for all"
 
 
 def test_a_compiled_layer_reads_the_rows_of_each_step(tensor_parallel):
