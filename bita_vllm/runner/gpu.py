@@ -40,6 +40,7 @@ from bita_vllm.attention.gpu_metadata import StepSplit
 from bita_vllm.attention.plain import flash_attention
 from bita_vllm.attention.workspaces import SharedWorkspaces
 from bita_vllm.config import BitaSettings, get_settings
+from bita_vllm.default_rows import Machine
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
 from bita_vllm.runner.gpu_mask_lora import CountedMaskRows, add_mask_lora_to_blocks
@@ -179,6 +180,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         state.trees.rows_in_one_pass = rows_in_one_pass(
             vllm_config.parallel_config.tensor_parallel_size,
             vllm_config.model_config.get_vocab_size(),
+            Machine.here(on_gpu=True).speed,
         )
         return state
 
@@ -228,8 +230,11 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         """Profile with the most logits that a step holds at once, copied to fp32 as for sampling parameters."""
         super()._dummy_sampler_run(hidden_states)
         trees = self.model_state.trees
-        part = parts_of(self.max_num_reqs, trees.most_nodes, self.vocab_size)[0]
-        largest = part.stop * trees.most_nodes
+        # Parts of smaller trees may hold a few rows more than those of the largest: both are whole requests.
+        largest = max(
+            nodes * parts_of(self.max_num_reqs, nodes, self.vocab_size)[0].stop
+            for nodes in trees.nodes_of_sets
+        )
         one_pass = self.max_num_reqs * (trees.most_nodes + trees.most_masks)
         rows = max(largest, min(one_pass, trees.rows_in_one_pass))
         logits = self.model.compute_logits(hidden_states[:1].expand(rows, -1))[:largest]

@@ -15,23 +15,26 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from bita_vllm.machine import DeviceSpeed
 from bita_vllm.runner.gpu_trees import StepTrees
 
 # Slices of int32 buffers that begin at a multiple of it are aligned to 16 bytes: Triton compiles for others anew.
 ALIGNED_REQUESTS = 4
 
-
-# Up to here the output head's time is that of reading its weights, whatever the rows: one pass over nodes and all
-# mask rows that may be chosen costs what a pass over nodes costs. Two tiles of 64 rows of a matrix product.
+# Rows of one pass of the output head over nodes and all mask rows that may be chosen, over the knee's. Up to the knee
+# a pass takes as long as reading the weights, and two passes read them twice, so one pass over a few rows more is
+# still shorter, also where its last tile of 128 rows is nearly empty. Where the knee is not known: two tiles of 64 rows.
+KNEES_IN_ONE_PASS = 1.25
 MAX_ROWS_IN_ONE_PASS = 128
 
 
-def rows_in_one_pass(num_ranks: int, vocab_size: int) -> int:
+def rows_in_one_pass(num_ranks: int, vocab_size: int, speed: DeviceSpeed | None = None) -> int:
     """Most rows that get logits at once for nodes and mask rows together; else mask rows have a pass of their own.
 
     A tensor-parallel rank reads its share of the weights only, but gathers all logits, so fewer rows pay.
     """
-    return min(MAX_ROWS_IN_ONE_PASS // num_ranks, get_max_chunk_logits(vocab_size))
+    most = MAX_ROWS_IN_ONE_PASS if speed is None else int(KNEES_IN_ONE_PASS * speed.knee)
+    return min(most // num_ranks, get_max_chunk_logits(vocab_size))
 
 
 def parts_of(num_requests: int, rows_each: int, vocab_size: int) -> list[slice]:

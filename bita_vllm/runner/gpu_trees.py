@@ -62,6 +62,7 @@ class StepTrees:
         self._set_of_width = {one.first.num_rows - 1: i for i, one in enumerate(sets)}
         # [sets, 2] most nodes, and most mask rows, of a set's templates
         self._sizes = np.array([_most_nodes_and_masks(one) for one in sets])
+        self.nodes_of_sets: list[int] = self._sizes[:, 0].tolist()
         self.most_nodes, self.most_masks = self._sizes.max(axis=0).tolist()
         self.line_of_slot = buffer()
         self.line = buffer().fill_(-1)
@@ -157,7 +158,7 @@ class StepTrees:
         num_emitted: torch.Tensor,
     ) -> None:
         """Walk every tree along its targets."""
-        index = self._sizes[:, 0].tolist().index(self.num_nodes)
+        index = self.nodes_of_sets.index(self.num_nodes)
         accept_tree(
             targets,
             input_batch.input_ids,

@@ -8,6 +8,7 @@ import torch
 from bita_kernels.accept_tree import accept_tree_naive
 from bita_kernels.begin_step import begin_step_naive
 
+from bita_vllm.machine import DeviceSpeed
 from bita_vllm.runner import gpu_speculator, gpu_trees
 from bita_vllm.runner.gpu_speculator import parts_of, rows_in_one_pass
 from bita_vllm.runner.gpu_trees import StepTrees
@@ -119,8 +120,23 @@ def test_mask_rows_get_logits_with_the_nodes_up_to_the_limit(trees):
 def test_few_rows_take_one_pass_and_fewer_where_ranks_share_the_head(monkeypatch):
     assert rows_in_one_pass(1, 32_000) == gpu_speculator.MAX_ROWS_IN_ONE_PASS
     assert rows_in_one_pass(4, 32_000) == gpu_speculator.MAX_ROWS_IN_ONE_PASS // 4
+    h100, a100 = DeviceSpeed(3.0e12, 640e12), DeviceSpeed(1.84e12, 187e12)
+    assert rows_in_one_pass(1, 32_000, h100) >= 256 > 2 * rows_in_one_pass(2, 32_000, h100) - 16
+    assert rows_in_one_pass(1, 32_000, a100) == int(1.25 * a100.knee)
     monkeypatch.setattr(gpu_speculator, "get_max_chunk_logits", lambda vocab_size: 13)
     assert rows_in_one_pass(1, 32_000) == 13, "one pass is one part"
+
+
+@pytest.mark.parametrize("tile", [1, 64, 128])
+@pytest.mark.parametrize("knee", [48, 100, 110, 150, 213, 300])
+def test_one_pass_takes_no_longer_than_two(knee, tile):
+    """In the roofline, with rows in whole tiles; two passes have half of the rows each, which is kind to them."""
+
+    def seconds(rows):
+        return max(1.0, tile * -(-rows // tile) / knee)
+
+    for rows in range(2, rows_in_one_pass(1, 32_000, DeviceSpeed(1e12, knee * 1e12)) + 1):
+        assert seconds(rows) <= 2 * seconds(rows // 2 + rows % 2), rows
 
 
 def test_parts_begin_where_buffers_are_aligned(monkeypatch):
