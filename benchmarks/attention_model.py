@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 from bita_kernels.attention_config import COMBINE_HEADS, AttentionConfig
-from bita_kernels.tree_attention import PROGRAMS_PER_PROCESSOR
+from bita_kernels.tree_attention import IN_TURN_SHARE, PROGRAMS_PER_PROCESSOR, SHORT_CONTEXT
+from bita_kernels.tree_attention_kernel import IN_TURN_HEAD_SIZE
 from bita_kernels.tree_attention_models import shipped
 
 from bita_vllm.attention.workspaces import side_by_side_requests
@@ -32,11 +33,14 @@ TILE_FLOPS_SHARE = 0.45  # of an SM's peak, in 64 x 32 tiles with their softmax
 TILE_CHAIN = (
     0.4e-6  # of a tile that has arrived: products, maxima, exponentials, barriers; ~700 cycles
 )
-PROGRAM_START = 2e-6  # query_start, then seq_lens, then the first page number, then the first keys
-EMPTY_PROGRAM = 1e-6  # one that finds no part for it: two dependent loads (AUDIT 4)
+LOAD = 0.5e-6  # that the next one waits for (AUDIT 4: two of them take 1 us)
+PROGRAM_START = 3 * LOAD  # query_start, seq_lens and line; the first page number; the first keys
+EMPTY_PROGRAM = LOAD  # one that finds no part for it
 FEWEST_MULTIPLIED_ROWS = 64  # smaller tiles leave tensor cores idle: they save no time
 MAX_SEQ_LEN = 131072  # that an engine makes its workspace for: Llama-3.1's
-COMBINE = 3.5e-6  # launching the merge, its first loads (AUDIT 6)
+COMBINE = (
+    3.5e-6  # launching the merge, its first loads (AUDIT 6): also where it finds nothing to merge
+)
 COMBINE_PART = 0.2e-6  # of each part: three of them are under way, at 0.6 us from the level 2 cache
 L2_SHARE = 0.6  # of the level 2 cache that partial results may take and stay there
 
@@ -176,9 +180,8 @@ class CurrentAttention:
         own_tiles += math.ceil(PROMPT_TOKENS / config.block_n) if rows > 1 else 0
         multiplied_rows = max(config.block_m, FEWEST_MULTIPLIED_ROWS)
         multiplied = device.multiplied(multiplied_rows, config.block_n, model.head_size)
-        num_programs = 2
+        wanted, num_programs = PROGRAMS_PER_PROCESSOR * device.sms, 2
         if parallel:
-            wanted = PROGRAMS_PER_PROCESSOR * device.sms
             num_programs = config.num_programs(tiles, wanted, MAX_SEQ_LEN)
         programs = min(tiles * (num_programs - 1 if parallel else 1), device.sms * resident)
         tile_seconds = max(
@@ -198,6 +201,10 @@ class CurrentAttention:
             return pace.seconds_of_equal(tiles, own + sum(context_tiles))
         # From the last split to the first: a program strides over them.
         step, longest_first = num_programs - 1, context_tiles[::-1]
+        short = model.head_size <= IN_TURN_HEAD_SIZE.value and context < SHORT_CONTEXT
+        if tiles >= IN_TURN_SHARE * wanted and short:
+            work = [own + sum(context_tiles), *[EMPTY_PROGRAM / tile_seconds] * step]
+            return pace.seconds([one for one in work for _ in range(tiles)]) + COMBINE
         striding = [longest_first[i::step] for i in range(min(step, len(splits)))]
         empty = [EMPTY_PROGRAM / tile_seconds] * (step - len(striding))
         # Loads do not run ahead from one split to the next.

@@ -13,7 +13,7 @@ from attention_model import (
 from deltas_model import AuditedDeltas, CurrentDeltas, Deltas
 
 from bita_vllm.model_size import ModelSize
-from bita_vllm.runner.gpu_speculator import MAX_ROWS_IN_ONE_PASS
+from bita_vllm.runner.gpu_speculator import KNEES_IN_ONE_PASS
 from bita_vllm.tuning.cost import LAYER_OVERHEAD, STEP_OVERHEAD
 
 # --- Devices --------------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ class Implementation:
     Attributes:
         attention: the kernel of steps with blocks.
         deltas: the kernel of the mask rows' low-rank deltas.
-        single_pass_rows: rows of a step, nodes and masks, up to which one pass of the LM head serves both.
+        single_pass_knees: rows of a step, nodes and masks, over the device's knee, up to which one pass of the LM head
+            serves both.
         launches: small kernels of a step with blocks over plain's.
         plain_launches: of a step without blocks.
         plain_is_stock: steps without blocks run what plain vLLM runs, otherwise the tree kernel.
@@ -57,7 +58,7 @@ class Implementation:
 
     attention: TreeAttention
     deltas: Deltas
-    single_pass_rows: int
+    single_pass_knees: float
     launches: int
     plain_launches: int
     plain_is_stock: bool
@@ -67,7 +68,7 @@ IMPLEMENTATIONS = {
     "before": Implementation(
         attention=AuditedAttention(),
         deltas=AuditedDeltas(),
-        single_pass_rows=0,
+        single_pass_knees=0.0,
         launches=90,
         plain_launches=10,
         plain_is_stock=False,
@@ -76,7 +77,7 @@ IMPLEMENTATIONS = {
     "mended": Implementation(
         attention=CurrentAttention(),
         deltas=CurrentDeltas(),
-        single_pass_rows=MAX_ROWS_IN_ONE_PASS,
+        single_pass_knees=KNEES_IN_ONE_PASS,
         launches=2,
         plain_launches=0,
         plain_is_stock=True,
@@ -142,8 +143,10 @@ class PerformanceModel:
             )
         all_rows, nodes = requests * rows, requests * math.ceil(NODE_SHARE * rows)
         masks = requests * math.ceil(MASK_SHARE * rows)
-        if nodes + masks <= code.single_pass_rows:
-            lm_head = self.lm_head(nodes + masks)
+        if nodes + masks <= int(code.single_pass_knees * self.device.speed.knee):
+            # All mask rows get logits, in bf16; the next blocks read few of them.
+            written = VALUE * masks * model.vocab_size
+            lm_head = self.lm_head(nodes + masks) + written / self.device.speed.bytes_per_second
         else:
             lm_head = self.lm_head(nodes) + self.lm_head(requests)
         return replace(

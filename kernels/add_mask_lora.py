@@ -28,7 +28,7 @@ from .shipped import Shipped
 ROW_TILE = 16
 # Row tiles of a launch that run side by side; the rest in turn. Steps have few mask rows but may have
 # thousands of others, and the launch cannot know.
-MAX_ROW_PROGRAMS = 8
+MAX_ROW_PROGRAMS = 16
 # An expand program holds all splits of a row in registers: at most so many splits, and splits times low features.
 MAX_SPLITS = 16
 MAX_LOW = 1024
@@ -100,7 +100,7 @@ def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
         step=256 // element_size,
         low=min(padded, 32),
         rank=padded,
-        out=min(max(columns, 64), 32 * warps),
+        out=min(max(columns, 64), 256),
         warps=warps,
     )
 
@@ -108,7 +108,7 @@ def choose_tiles(in_features: int, rank: int, element_size: int) -> Tiles:
 def make_arrivals(capacity: int, device: torch.device) -> torch.Tensor:
     """Return `[3, row tiles]` int32 zeros for up to `capacity` mask rows: arrivals, passings, tickets.
 
-    Layers share them, as long as their launches follow one another on one stream.
+    Launches that may overlap need counts of their own.
     """
     return torch.zeros(3, triton.cdiv(capacity, ROW_TILE), dtype=torch.int32, device=device)
 

@@ -77,7 +77,9 @@ class AttentionConfig:
         tiles = triton.cdiv(num_rows * group, block_m)
         splits = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_kv_heads * tiles))
         per_doubling = min(max(splits // 2, 2), 32)
-        return cls(block_m, block_n, MIN_SPLIT, per_doubling, warps, stages)
+        # Two tiles are twice the programs: splits twice as long leave half the partial results, and no SM idle.
+        split = MIN_SPLIT * min(tiles, 2)
+        return cls(block_m, block_n, split, per_doubling, warps, stages)
 
     def num_splits(self, num_slots: int) -> int:
         """Splits that hold the first `num_slots` slots of a context."""

@@ -21,12 +21,16 @@ import triton
 from .attention_config import COMBINE_HEADS, AttentionConfig
 from .checks import QUANTISED_TYPES, check_device
 from .tree_attention_checks import check_arguments
-from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
+from .tree_attention_kernel import IN_TURN_HEAD_SIZE, combine_splits_kernel, tree_attention_kernel
 from .tree_attention_models import shipped
 from .tree_table import TreeTable
 
 # Programs of a launch for each streaming multiprocessor, where its requests have as many splits.
 PROGRAMS_PER_PROCESSOR = 2
+# Where a launch's tiles are so many for each program that fills the machine, one program takes all parts of a tile of a
+# short context: it starts once, and leaves no partial results. Longer contexts would keep the others waiting.
+IN_TURN_SHARE = 0.2
+SHORT_CONTEXT = 4096
 # Checked layouts of arguments that are remembered: one for each number of requests and rows.
 MAX_PLANS = 4096
 __all__ = ["Workspace", "shipped", "tree_attention"]
@@ -41,11 +45,13 @@ class Workspace:
     Attributes:
         acc: `[parts, B * R, Hq, D]` fp32. stats: `[2, parts, B * R, Hq]` fp32, peaks and sums.
         programs: how many fill the machine: a launch has about as many, if there are as many splits.
+        short: contexts of fewer slots go in turn, one program for each tile, where a launch has tiles enough.
     """
 
     acc: torch.Tensor
     stats: torch.Tensor
     programs: int
+    short: int = 0
 
     @classmethod
     def empty(
@@ -62,7 +68,8 @@ class Workspace:
         rows = (config.num_parts(max_seq_len), num_requests * num_rows, num_q_heads)
         acc = torch.empty(*rows, head_size, dtype=torch.float32, device=device)
         stats = torch.empty(2, *rows, dtype=torch.float32, device=device)
-        return cls(acc, stats, PROGRAMS_PER_PROCESSOR * num_processors(acc.device))
+        programs = PROGRAMS_PER_PROCESSOR * num_processors(acc.device)
+        return cls(acc, stats, programs, SHORT_CONTEXT)
 
     def holds(self, config: AttentionConfig, num_rows: int, max_seq_len: int) -> bool:
         """Whether it is big enough for `num_rows`, B * R, and sequences of up to `max_seq_len`."""
@@ -83,6 +90,10 @@ class Workspace:
                 f"workspace holds {self.acc.numel()} numbers, expected at least {math.prod(shape)} for "
                 f"[parts, rows, heads, head size] = {list(shape)}."
             )
+
+    def in_turn_slots(self, tiles: int) -> int:
+        """Return the slots that a context stays below if one program takes its parts in turn, in a launch of so many tiles."""
+        return self.short if tiles >= IN_TURN_SHARE * self.programs else 0
 
     @property
     def nbytes(self) -> int:
@@ -286,13 +297,15 @@ def tree_attention(
         return
     partial_rows, num_programs = num_requests * table.num_rows, 1
     partials: tuple[torch.Tensor | None, ...] = (None, None)
-    stats_size = 0
+    stats_size = in_turn_slots = 0
     if workspace is not None:
         workspace.check(config, partial_rows, max_seq_len, query)
         partials, stats_size = (workspace.acc, workspace.stats), workspace.stats[0].numel()
         num_programs = config.num_programs(
             plan.tiles * num_requests, workspace.programs, max_seq_len
         )
+        if query.shape[2] <= IN_TURN_HEAD_SIZE.value:
+            in_turn_slots = workspace.in_turn_slots(plan.tiles * num_requests)
     tree_attention_kernel[(plan.tiles, num_requests, num_programs)](
         query,
         key_cache,
@@ -317,6 +330,7 @@ def tree_attention(
         *plan.strides,
         partial_rows,
         stats_size,
+        in_turn_slots,
         **(plan.in_turn if workspace is None else plan.side_by_side),
     )
     if workspace is not None:
@@ -328,5 +342,6 @@ def tree_attention(
             *plan.out_strides,
             partial_rows,
             stats_size,
+            in_turn_slots,
             **plan.combine,
         )

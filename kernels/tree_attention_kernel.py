@@ -2,7 +2,7 @@
 
 A request's keys come in parts, each with a softmax of its own that starts empty: the own part (sink,
 prompt tokens, own rows), then the splits of the committed context (attention_config.py says where they
-begin). The parts are merged in this order: in one program (`PARALLEL` off), or by
+begin). The parts are merged in this order: in one program (`PARALLEL` off, or a short context), or by
 `combine_splits_kernel` from partial results. Both do the same operations in the same order.
 """
 
@@ -22,6 +22,8 @@ from .tree_attention_parts import (
     splits_seen,
 )
 
+# Wider heads leave no registers for both ways in one kernel.
+IN_TURN_HEAD_SIZE = tl.constexpr(128)
 # Partial results that `combine_splits_kernel` has under way.
 COMBINE_STAGES = tl.constexpr(4)
 
@@ -49,8 +51,60 @@ def _store_partial(
     tl.store(acc_ptr + at[:, None] * HEAD_SIZE + dims[None, :], acc, mask=mask)
 
 
-# As many as there are requests: not worth a compilation of their own.
-@triton.jit(do_not_specialize=["num_partial_rows"])
+@triton.jit
+def _attend_context(
+    q,
+    # of the tile
+    first,
+    # of its slots that exist
+    end,
+    k_ptr,
+    v_ptr,
+    table_row_ptr,
+    context_len,
+    depth,
+    dims,
+    k_strides,
+    v_strides,
+    peak,
+    total,
+    acc,
+    page_scale,
+    v_scale,
+    softcap,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of the committed context into a running softmax."""
+    slots = first + tl.arange(0, BLOCK_N)
+    exists = slots < end
+    k, v = load_pages(
+        k_ptr,
+        v_ptr,
+        table_row_ptr,
+        slots,
+        exists,
+        dims,
+        k_strides,
+        v_strides,
+        v_scale,
+        HEAD_SIZE,
+        BLOCK_SIZE,
+        QUANTISED,
+        q.dtype,
+    )
+    visible = exists[None, :]
+    if WINDOW > 0:
+        visible &= (context_len + depth)[:, None] - slots[None, :] < WINDOW
+    return attend(q, k, v, visible, peak, total, acc, page_scale, softcap, SOFTCAP)
+
+
+# These follow from the number of requests: not worth a compilation of their own.
+@triton.jit(do_not_specialize=["num_partial_rows", "in_turn_slots"])
 def tree_attention_kernel(
     q_ptr,
     k_ptr,
@@ -88,6 +142,8 @@ def tree_attention_kernel(
     num_partial_rows,
     # of one of partial_stats' two halves
     stats_size,
+    # a context of fewer slots: one program takes its parts in turn, and its result is no partial one
+    in_turn_slots,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_ROWS: tl.constexpr,
@@ -107,24 +163,31 @@ def tree_attention_kernel(
     SPLIT: tl.constexpr,
     PER_DOUBLING: tl.constexpr,
 ):
-    """One tile of packed rows of one request and KV head: some of its parts (`PARALLEL`), or all of them in turn."""
+    """One tile of packed rows of one request and KV head: some of its parts (`PARALLEL`), or all of them in turn.
+
+    With `PARALLEL`, too, the first program of a tile takes all parts of a short context in turn.
+    """
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = tl.program_id(0) // NUM_KV_HEADS
     request = tl.program_id(1)
+    # All of them before the first branch: they come together.
     start = tl.load(query_start_ptr + request)
-    num_queries = tl.load(query_start_ptr + request + 1) - start
+    end = tl.load(query_start_ptr + request + 1)
+    seq_len = tl.load(seq_len_ptr + request)
+    line = tl.load(line_ptr + request)
+    num_queries = end - start
     if tile * BLOCK_M >= num_queries * GROUP:
         return
-    context_len = tl.load(seq_len_ptr + request) - num_queries
+    context_len = seq_len - num_queries
     first_slot, first_split, last_split = splits_seen(
         context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING
     )
     num_parts = 1 + tl.maximum(last_split - first_split, 0)
+    in_turn = tl.maximum(context_len, 0) < in_turn_slots
     if PARALLEL:  # noqa: SIM102 (a compile-time condition, then one that is not)
-        if tl.program_id(2) >= num_parts:
+        if tl.program_id(2) >= tl.where(in_turn, 1, num_parts):
             return
 
-    line = tl.load(line_ptr + request)
     has_tree = line >= 0
     first_place = tl.maximum(line, 0) * NUM_ROWS
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -151,50 +214,96 @@ def tree_attention_kernel(
     partial_row = (request * NUM_ROWS + row).to(tl.int64) * (NUM_KV_HEADS * GROUP) + q_head
     part_size = num_partial_rows.to(tl.int64) * (NUM_KV_HEADS * GROUP)
 
-    merged_peak, merged_total, merged_acc = empty(BLOCK_M, BLOCK_D)
-    own = True
-    if PARALLEL:
-        own = tl.program_id(2) == 0
-    if own:
-        merged_peak, merged_total, merged_acc = own_part(
-            q,
-            prompt_keys_ptr,
-            prompt_values_ptr,
-            sinks_ptr,
-            ancestor_bits_ptr + first_place * NUM_WORDS,
-            depth_ptr + first_place,
-            k_ptr,
-            v_ptr,
-            table_row_ptr,
-            context_len,
-            num_queries,
-            has_tree,
-            kv_head,
-            q_head,
-            row,
-            depth,
-            sees_prompt,
-            dims,
-            (k_page_stride, k_slot_stride),
-            (v_page_stride, v_slot_stride),
-            scale,
-            page_scale,
-            v_scale,
-            softcap,
-            NUM_KV_HEADS,
-            NUM_WORDS,
-            NUM_PROMPT,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            WINDOW,
-            SOFTCAP,
-            SINKS,
-            QUANTISED,
-            BLOCK_M,
-            BLOCK_D,
-            BLOCK_N,
-        )
-        if PARALLEL:
+    if PARALLEL:  # noqa: SIM102
+        if tl.program_id(2) > 0:
+            # The longest splits are a sequence's last ones, and start first.
+            for index in range(
+                tl.program_id(2) - 1, last_split - first_split, tl.num_programs(2) - 1
+            ):
+                split = last_split - 1 - index
+                begin, end = split_bounds(split, SPLIT, PER_DOUBLING)
+                end = tl.minimum(end, context_len)
+                peak, total, acc = empty(BLOCK_M, BLOCK_D)
+                for first in range(tl.maximum(begin, first_slot), end, BLOCK_N):
+                    peak, total, acc = _attend_context(
+                        q,
+                        first,
+                        end,
+                        k_ptr,
+                        v_ptr,
+                        table_row_ptr,
+                        context_len,
+                        depth,
+                        dims,
+                        (k_page_stride, k_slot_stride),
+                        (v_page_stride, v_slot_stride),
+                        peak,
+                        total,
+                        acc,
+                        page_scale,
+                        v_scale,
+                        softcap,
+                        HEAD_SIZE,
+                        BLOCK_SIZE,
+                        WINDOW,
+                        SOFTCAP,
+                        QUANTISED,
+                        BLOCK_N,
+                    )
+                _store_partial(
+                    partial_acc_ptr,
+                    partial_stats_ptr,
+                    stats_size,
+                    partial_row + (split + 1).to(tl.int64) * part_size,
+                    dims,
+                    peak,
+                    total,
+                    acc,
+                    row_exists,
+                    HEAD_SIZE,
+                )
+            return
+
+    merged_peak, merged_total, merged_acc = own_part(
+        q,
+        prompt_keys_ptr,
+        prompt_values_ptr,
+        sinks_ptr,
+        ancestor_bits_ptr + first_place * NUM_WORDS,
+        depth_ptr + first_place,
+        k_ptr,
+        v_ptr,
+        table_row_ptr,
+        context_len,
+        num_queries,
+        has_tree,
+        kv_head,
+        q_head,
+        row,
+        depth,
+        sees_prompt,
+        dims,
+        (k_page_stride, k_slot_stride),
+        (v_page_stride, v_slot_stride),
+        scale,
+        page_scale,
+        v_scale,
+        softcap,
+        NUM_KV_HEADS,
+        NUM_WORDS,
+        NUM_PROMPT,
+        HEAD_SIZE,
+        BLOCK_SIZE,
+        WINDOW,
+        SOFTCAP,
+        SINKS,
+        QUANTISED,
+        BLOCK_M,
+        BLOCK_D,
+        BLOCK_N,
+    )
+    if PARALLEL:  # noqa: SIM102
+        if not in_turn:
             _store_partial(
                 partial_acc_ptr,
                 partial_stats_ptr,
@@ -209,81 +318,58 @@ def tree_attention_kernel(
             )
             return
 
-    # A program's runs of slots: a split each, or all of the context.
-    run, num_runs, step = 0, 1, 1
-    if PARALLEL:
-        run, num_runs = tl.program_id(2) - 1, last_split - first_split
-        step = tl.num_programs(2) - 1
-    for index in range(run, num_runs, step):
+    if (not PARALLEL) or (HEAD_SIZE <= IN_TURN_HEAD_SIZE):
         peak, total, acc = empty(BLOCK_M, BLOCK_D)
-        split, begin, end = first_split, first_slot, context_len
+        split = first_split
         _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)
-        if PARALLEL:
-            # The longest splits are a sequence's last ones, and start first.
-            split = last_split - 1 - index
-            begin, end = split_bounds(split, SPLIT, PER_DOUBLING)
-            begin, end = tl.maximum(begin, first_slot), tl.minimum(end, context_len)
-        for first in range(begin, end, BLOCK_N):
-            if not PARALLEL:
-                # A split ends here: without a branch, so that loads keep running ahead.
-                ends = first == boundary
-                merged_peak, merged_total, merged_acc = merge(
-                    merged_peak, merged_total, merged_acc, tl.where(ends, peak, NEG_INF), total, acc
-                )
-                # Forgets total and acc, too: the next tile multiplies them by zero.
-                peak = tl.where(ends, NEG_INF, peak)
-                split += ends.to(tl.int32)
-                _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)
-            slots = first + tl.arange(0, BLOCK_N)
-            exists = slots < end
-            k, v = load_pages(
+        for first in range(first_slot, context_len, BLOCK_N):
+            # A split ends here: without a branch, so that loads keep running ahead.
+            ends = first == boundary
+            merged_peak, merged_total, merged_acc = merge(
+                merged_peak, merged_total, merged_acc, tl.where(ends, peak, NEG_INF), total, acc
+            )
+            # Forgets total and acc, too: the next tile multiplies them by zero.
+            peak = tl.where(ends, NEG_INF, peak)
+            split += ends.to(tl.int32)
+            _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)
+            peak, total, acc = _attend_context(
+                q,
+                first,
+                context_len,
                 k_ptr,
                 v_ptr,
                 table_row_ptr,
-                slots,
-                exists,
+                context_len,
+                depth,
                 dims,
                 (k_page_stride, k_slot_stride),
                 (v_page_stride, v_slot_stride),
-                v_scale,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                QUANTISED,
-                q.dtype,
-            )
-            visible = exists[None, :]
-            if WINDOW > 0:
-                visible &= (context_len + depth)[:, None] - slots[None, :] < WINDOW
-            peak, total, acc = attend(
-                q, k, v, visible, peak, total, acc, page_scale, softcap, SOFTCAP
-            )
-        if PARALLEL:
-            _store_partial(
-                partial_acc_ptr,
-                partial_stats_ptr,
-                stats_size,
-                partial_row + (split + 1).to(tl.int64) * part_size,
-                dims,
                 peak,
                 total,
                 acc,
-                row_exists,
+                page_scale,
+                v_scale,
+                softcap,
                 HEAD_SIZE,
+                BLOCK_SIZE,
+                WINDOW,
+                SOFTCAP,
+                QUANTISED,
+                BLOCK_N,
             )
-        else:
-            if first_split < last_split:
-                merged_peak, merged_total, merged_acc = merge(
-                    merged_peak, merged_total, merged_acc, peak, total, acc
-                )
-            # A padding row of a block sees the context only; without any, nothing.
-            result = tl.where(merged_total[:, None] > 0, merged_acc / merged_total[:, None], 0.0)
-            out_rows = out_ptr + (start + row).to(tl.int64) * out_row_stride
-            out_tile = (out_rows + q_head * out_head_stride)[:, None] + dims[None, :]
-            tl.store(out_tile, result.to(out_ptr.dtype.element_ty), mask=tile_mask)
+        if first_split < last_split:
+            merged_peak, merged_total, merged_acc = merge(
+                merged_peak, merged_total, merged_acc, peak, total, acc
+            )
+        # A padding row of a block sees the context only; without any, nothing.
+        result = tl.where(merged_total[:, None] > 0, merged_acc / merged_total[:, None], 0.0)
+        out_rows = out_ptr + (start + row).to(tl.int64) * out_row_stride
+        out_tile = (out_rows + q_head * out_head_stride)[:, None] + dims[None, :]
+        tl.store(out_tile, result.to(out_ptr.dtype.element_ty), mask=tile_mask)
 
 
 # As many as there are requests: not worth a compilation of their own.
-@triton.jit(do_not_specialize=["num_partial_rows"])
+@triton.jit(do_not_specialize=["num_partial_rows", "in_turn_slots"])
 def combine_splits_kernel(
     out_ptr,
     query_start_ptr,
@@ -295,6 +381,8 @@ def combine_splits_kernel(
     num_partial_rows,
     # of one of partial_stats' two halves
     stats_size,
+    # a context of fewer slots: one program takes its parts in turn, and its result is no partial one
+    in_turn_slots,
     NUM_HEADS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     NUM_ROWS: tl.constexpr,
@@ -308,10 +396,14 @@ def combine_splits_kernel(
     """Partial results of one row, a few query heads, merged in the order of parts."""
     row, request = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_start_ptr + request)
-    num_queries = tl.load(query_start_ptr + request + 1) - start
+    end = tl.load(query_start_ptr + request + 1)
+    seq_len = tl.load(seq_len_ptr + request)
+    num_queries = end - start
     if row >= num_queries:
         return
-    context_len = tl.load(seq_len_ptr + request) - num_queries
+    context_len = seq_len - num_queries
+    if tl.maximum(context_len, 0) < in_turn_slots:
+        return
     _, first_split, last_split = splits_seen(context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING)
     head = tl.program_id(2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     dims = tl.arange(0, BLOCK_D)

@@ -133,7 +133,9 @@ def _shipped_combine(model: _Model) -> Shipped:
         **dict.fromkeys(("query_start_ptr", "seq_len_ptr"), "*i32"),
         **dict.fromkeys(("partial_acc_ptr", "partial_stats_ptr"), "*fp32"),
     }
-    integers = ("out_row_stride", "out_head_stride", "num_partial_rows", "stats_size")
+    integers = (
+        "out_row_stride", "out_head_stride", "num_partial_rows", "stats_size", "in_turn_slots"
+    )  # fmt: skip
     return Shipped(
         name=f"{model.name} combine",
         kernel=combine_splits_kernel,

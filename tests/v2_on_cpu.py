@@ -130,7 +130,7 @@ def __getattr__(name: str) -> type:
     """`Worker`: a CPU worker that runs the GPU runner; made when asked for, as it imports vLLM."""
     if name != "Worker":
         raise AttributeError(name)
-    from bita_kernels import add_mask_lora
+    from bita_kernels import add_mask_lora, tree_attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.worker.cpu import model_runner as cpu_v2
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -138,6 +138,8 @@ def __getattr__(name: str) -> type:
     from bita_vllm.runner.gpu import BitaGPUModelRunner
     from bita_vllm.runner.loading import replaced
 
+    # A tiny model's contexts are short: some go in turn, longer ones have their splits side by side.
+    tree_attention.SHORT_CONTEXT = 128
     choose_tiles = add_mask_lora.choose_tiles
 
     def wide_tiles(in_features, rank, element_size):

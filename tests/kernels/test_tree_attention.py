@@ -8,7 +8,7 @@ import pytest
 import torch
 from bita_kernels import tree_attention as tree_attention_module
 from bita_kernels.attention_config import AttentionConfig
-from bita_kernels.tree_attention import Workspace, tree_attention
+from bita_kernels.tree_attention import SHORT_CONTEXT, Workspace, tree_attention
 from bita_kernels.tree_attention_naive import tree_attention_naive
 from bita_kernels.tree_table import TreeTable
 from random_trees import int32, random_template
@@ -111,6 +111,7 @@ class Case:
         parallel: bool = False,
         config: AttentionConfig | None = None,
         programs: int | None = None,
+        short: int = 0,
     ) -> torch.Tensor:
         query, line, table = (self.arguments[n] for n in ("query", "line", "table"))
         config = config or self.config()
@@ -126,8 +127,7 @@ class Case:
             )
             workspace.acc.fill_(NAN)
             workspace.stats.fill_(NAN)
-            if programs:
-                workspace = replace(workspace, programs=programs)
+            workspace = replace(workspace, programs=programs or workspace.programs, short=short)
         out = torch.full_like(query, NAN, dtype=self.arguments["prompt_keys"].dtype)
         tree_attention(
             **self.arguments, out=out, config=config, workspace=workspace, **lengths, **self.options
@@ -270,6 +270,26 @@ def test_programs_of_a_launch_do_not_change_the_result(programs):
     case = Case.random(5, context=300, template=Template.build([(0, 0), (0, 1)], {0: 2}))
     used = slice(int(case.arguments["query_start"][-1]))
     assert torch.equal(case.run(parallel=True, programs=programs)[used], case.run()[used])
+
+
+@pytest.mark.parametrize("short", [1, 100, 4096])
+@pytest.mark.parametrize("window", [0, 40])
+def test_short_contexts_go_in_turn_beside_long_ones(short, window):
+    """In the same launch, in the same bits; a request's own context says how it goes."""
+    compared = 0
+    for seed in range(4):
+        case = Case.random(seed, context=300, window=window)
+        used = slice(int(case.arguments["query_start"][-1]))
+        beside = case.run(parallel=True, programs=5, short=short)[used]
+        assert torch.equal(beside, case.run()[used])
+        compared += len(beside)
+    assert compared > 20
+
+
+def test_few_tiles_have_their_splits_side_by_side():
+    workspace = Workspace(torch.empty(0), torch.empty(0), programs=264, short=SHORT_CONTEXT)
+    assert workspace.in_turn_slots(8 * 2) == 0, "one request of an 8B model, two tiles of rows"
+    assert workspace.in_turn_slots(8 * 8) == SHORT_CONTEXT
 
 
 def test_arguments_are_checked_once_for_a_layout(monkeypatch):

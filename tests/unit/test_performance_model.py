@@ -65,8 +65,8 @@ def test_the_audits_estimates_come_out(adapter, requests):
     "requests",
     [
         1,
-        pytest.param(8, marks=pytest.mark.xfail(strict=True, reason="predicted: 1.68 of 2.0")),
-        pytest.param(32, marks=pytest.mark.xfail(strict=True, reason="predicted: 1.44 of 1.45")),
+        pytest.param(8, marks=pytest.mark.xfail(strict=True, reason="predicted: 1.94 of 2.0")),
+        32,
         128,
     ],
 )
@@ -136,7 +136,7 @@ def test_programs_that_start_as_others_end_share_the_memory():
     assert pace.seconds([2.0] * 5) == pace.seconds_of_equal(5, 2.0) == 4 * 1.5 + 2
 
 
-@pytest.mark.parametrize(("mask_rows", "expected"), {11: 0.68, 88: 0.85, 352: 1.74}.items())
+@pytest.mark.parametrize(("mask_rows", "expected"), {11: 0.71, 88: 0.82, 352: 1.54}.items())
 def test_deltas_take_what_the_kernels_page_says(mask_rows, expected):
     """docs/kernels.md, rank 16, all launches of a step of Llama-3.1-8B on an H100, in milliseconds."""
     found = 1e3 * CurrentDeltas().seconds(DEVICES["H100"], MODELS["Llama-3-8B"], mask_rows)
