@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from bita_kernels.attention_config import COMBINE_HEADS, AttentionConfig
 from bita_kernels.tree_attention import IN_TURN_SHARE, PROGRAMS_PER_PROCESSOR, SHORT_CONTEXT
-from bita_kernels.tree_attention_kernel import IN_TURN_HEAD_SIZE
 from bita_kernels.tree_attention_models import shipped
 
 from bita_vllm.attention.workspaces import side_by_side_requests
@@ -201,7 +200,7 @@ class CurrentAttention:
             return pace.seconds_of_equal(tiles, own + sum(context_tiles))
         # From the last split to the first: a program strides over them.
         step, longest_first = num_programs - 1, context_tiles[::-1]
-        short = model.head_size <= IN_TURN_HEAD_SIZE.value and context < SHORT_CONTEXT
+        short = config.short_in_turn(model.head_size) and context < SHORT_CONTEXT
         if tiles >= IN_TURN_SHARE * wanted and short:
             work = [own + sum(context_tiles), *[EMPTY_PROGRAM / tile_seconds] * step]
             return pace.seconds([one for one in work for _ in range(tiles)]) + COMBINE

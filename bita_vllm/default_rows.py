@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.bita")
 
 # Row budgets to choose from. Every one that a GPU uses is captured in CUDA graphs of its own, so these are few; each
-# has half to two thirds of the rows of the next one. On a CPU only one request has blocks.
-GPU_BUDGETS = (3, 6, 10, 16, 24, 32)
+# has about half the rows of the next one, as it serves twice the requests. On a CPU only one request has blocks.
+GPU_BUDGETS = (3, 6, 10, 16, 32)
 CPU_BUDGETS = (3, 4, 5, 6, 8)
 # A GPU that NVML does not describe: it reads fast, so that all overheads count, and multiplies slowly, so that
 # rows count. No GPU with bf16 tensor cores that we know of has its knee at fewer rows.

@@ -102,6 +102,14 @@ class AttentionConfig:
         """
         return 1 + min(max(triton.cdiv(wanted, tiles), 1), self.num_splits(max_seq_len))
 
+    def short_in_turn(self, head_size: int) -> bool:
+        """Whether the kernel for splits side by side also takes short contexts in turn: where both fit in registers.
+
+        Elsewhere it would spill: heads of 192, and tiles of 16 rows on sm_89.
+        """
+        wide = triton.next_power_of_2(head_size)
+        return wide < 128 or (wide == 128 and self.block_m > 16)
+
     def constants(
         self,
         *,
@@ -128,6 +136,7 @@ class AttentionConfig:
             "BLOCK_N": self.block_n,
             "SPLIT": self.split,
             "PER_DOUBLING": self.per_doubling,
+            "SHORT_IN_TURN": self.short_in_turn(head_size),
         }
 
     def combine_constants(

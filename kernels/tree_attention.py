@@ -21,7 +21,7 @@ import triton
 from .attention_config import COMBINE_HEADS, AttentionConfig
 from .checks import QUANTISED_TYPES, check_device
 from .tree_attention_checks import check_arguments
-from .tree_attention_kernel import IN_TURN_HEAD_SIZE, combine_splits_kernel, tree_attention_kernel
+from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
 from .tree_attention_models import shipped
 from .tree_table import TreeTable
 
@@ -92,7 +92,7 @@ class Workspace:
             )
 
     def in_turn_slots(self, tiles: int) -> int:
-        """Return the slots that a context stays below if one program takes its parts in turn, in a launch of so many tiles."""
+        """Return the slots below which a context goes in turn, in a launch of so many tiles."""
         return self.short if tiles >= IN_TURN_SHARE * self.programs else 0
 
     @property
@@ -304,7 +304,7 @@ def tree_attention(
         num_programs = config.num_programs(
             plan.tiles * num_requests, workspace.programs, max_seq_len
         )
-        if query.shape[2] <= IN_TURN_HEAD_SIZE.value:
+        if config.short_in_turn(query.shape[2]):
             in_turn_slots = workspace.in_turn_slots(plan.tiles * num_requests)
     tree_attention_kernel[(plan.tiles, num_requests, num_programs)](
         query,

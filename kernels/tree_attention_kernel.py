@@ -22,8 +22,6 @@ from .tree_attention_parts import (
     splits_seen,
 )
 
-# Wider heads leave no registers for both ways in one kernel.
-IN_TURN_HEAD_SIZE = tl.constexpr(128)
 # Partial results that `combine_splits_kernel` has under way.
 COMBINE_STAGES = tl.constexpr(4)
 
@@ -162,6 +160,7 @@ def tree_attention_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     PER_DOUBLING: tl.constexpr,
+    SHORT_IN_TURN: tl.constexpr,
 ):
     """One tile of packed rows of one request and KV head: some of its parts (`PARALLEL`), or all of them in turn.
 
@@ -318,7 +317,7 @@ def tree_attention_kernel(
             )
             return
 
-    if (not PARALLEL) or (HEAD_SIZE <= IN_TURN_HEAD_SIZE):
+    if (not PARALLEL) or SHORT_IN_TURN:
         peak, total, acc = empty(BLOCK_M, BLOCK_D)
         split = first_split
         _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)

@@ -23,7 +23,7 @@ ALIGNED_REQUESTS = 4
 
 # Rows of one pass of the output head over nodes and all mask rows that may be chosen, over the knee's. Up to the knee
 # a pass takes as long as reading the weights, and two passes read them twice, so one pass over a few rows more is
-# still shorter, also where its last tile of 128 rows is nearly empty. Where the knee is not known: two tiles of 64 rows.
+# still shorter, also where its last tile of 128 rows is nearly empty. If the knee is not known: two tiles of 64 rows.
 KNEES_IN_ONE_PASS = 1.25
 MAX_ROWS_IN_ONE_PASS = 128
 

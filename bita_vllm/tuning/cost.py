@@ -25,10 +25,8 @@ DELTA_OVERHEAD = 4 * 2 * 2.7e-6  # of a layer: two kernels in each of its four f
 BLOCK_LAYER_OVERHEAD = 5e-6  # of a layer's tree attention: filling its pipeline, merging its splits
 KV_BYTES = 2  # of a value
 # Tree attention goes over a request's context once for each tile of so many rows times query heads of a KV head, and
-# reads, by head size, what 132 SMs read that wait a microsecond for each tile of 32 keys and values. Tiles of the same
-# request run side by side, so all but one of them read from the level 2 cache: as fast as an A100's, or as the memory.
+# reads, by head size, what 132 SMs read that wait a microsecond for each tile of 32 keys and values.
 TILE_ROWS = 64
-L2_BYTES_PER_SECOND = 4e12
 BLOCK_READ_PER_HEAD_SIZE = 132 * 32 * 2 * KV_BYTES / 1e-6
 
 
@@ -196,7 +194,6 @@ class Roofline:
         if rows <= requests:
             return products + kv_bytes / self.bytes_per_second + self.overhead
         passes = max(1.0, np.ceil(rows / requests / self.rows_per_pass))
-        passes = max(1.0, passes / max(1.0, L2_BYTES_PER_SECOND / self.bytes_per_second))
         kv = passes * kv_bytes / min(self.block_bytes_per_second, self.bytes_per_second)
         return float(products + kv + self.overhead + self.block_overhead)
 
