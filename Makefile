@@ -39,7 +39,7 @@ $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
 
 GPU_TESTS := $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py mixed_steps.py launches.py gpu_faults.py gpu_suite.py \
 	request_features.py ladder.py token_budget.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py \
-	tensor_parallel.py lossless_architectures.py)
+	tensor_parallel.py lossless_architectures.py thinking_budget.py logits_processors.py)
 
 # Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process. All groups run, whatever fails.
 test: venv

@@ -37,7 +37,6 @@ from bita_vllm.tree import Template
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.sampling_params import SamplingParams
 
 METHOD = "bita"
 CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
@@ -384,7 +383,10 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
     yield "replayed traces (enable_trace_replay)", model.enable_trace_replay
     installed = [plugin.name for plugin in entry_points(group="vllm.logits_processors")]
     custom = installed + list(model.logits_processors or ())
-    yield f"custom logits processors ({', '.join(map(str, custom))})", bool(custom)
+    # Those of the V2 runner are made for drafts; vLLM's own speculative decoding on V1 refuses them, too.
+    feature = f"custom logits processors ({', '.join(map(str, custom))}) on CPU"
+    reason = "as those of vLLM's V1 model runner may count steps, and a step with drafts is several"
+    yield f"{feature}, {reason}", bool(custom) and not on_gpu()
 
 
 def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
@@ -398,7 +400,13 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
     feature = f"ranks that are started from outside (distributed_executor_backend {launcher!r})"
     yield feature, launcher == "external_launcher" and parallel.world_size > 1
     sharded = bool(parallel.enable_batch_sharded_sampling)
-    yield "sampling in shards of the batch (enable_batch_sharded_sampling)", sharded
+    feature = "sampling in shards of the batch (enable_batch_sharded_sampling)"
+    reason = "as every rank makes the next blocks of all requests from their whole logits"
+    yield f"{feature}, {reason}", sharded
+    # There layers are packed, and the model has two forms, of which a transfer would renew one.
+    transfer = c.weight_transfer_config is not None and not on_gpu()
+    feature = "weight transfer (weight_transfer_config) on CPU, where weights are renewed by reload_weights"
+    yield feature, transfer
     experts = c.aux_output_config.enable_return_routed_experts
     yield "returned experts of a mixture (enable_return_routed_experts)", experts
     yield "text watermarking (watermark_config)", c.watermark_config is not None
@@ -427,13 +435,3 @@ def refuse_prompt(vllm_config: VllmConfig, token_ids: Sequence[int]) -> str | No
     if wrong is None:
         return None
     return f"The prompt holds token id {wrong}, but the model's ids are 0 to {vocab_size - 1}."
-
-
-def refuse_request(params: SamplingParams) -> str | None:
-    """Why a request cannot be served with bita, or None."""
-    if params.thinking_token_budget is None:
-        return None
-    return (
-        "A thinking budget (thinking_token_budget) is not supported with speculative method 'bita' yet; "
-        "send the request without it, or serve without bita."
-    )

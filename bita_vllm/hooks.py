@@ -114,6 +114,21 @@ CPU_OVERRIDES = (
         "(layer, remove_weight)",
     ),
     Hook(
+        f"{_RUNNER}.may_reinitialize_input_batch",
+        "thinking budgets look at no drafts",
+        "(self, kv_cache_config)",
+    ),
+    Hook(
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.update_state",
+        "thinking budgets along the walk",
+        "(self, output_token_ids, spec_token_ids, repeat_indices=)",
+    ),
+    Hook(
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.apply_to_logits",
+        "thinking budgets along the walk",
+        "(self, logits, predict_bonus_token, spec_token_ids)",
+    ),
+    Hook(
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner.warming_up_model",
         "compiles both forms of the model",
         "(self)",

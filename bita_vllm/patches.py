@@ -81,14 +81,10 @@ def _build_vllm_speculative_config(original: Function, cls: Any, config_dict: An
 
 
 def _validate_spec_decode(original: Function, self: Any, speculative_config: Any) -> None:
-    from bita_vllm.config import BitaSpeculativeConfig, refuse_request
+    from bita_vllm.config import BitaSpeculativeConfig
 
     if not isinstance(speculative_config, BitaSpeculativeConfig):
         original(self, speculative_config)
-    elif reason := refuse_request(self):
-        from vllm.exceptions import VLLMValidationError
-
-        raise VLLMValidationError(reason)
 
 
 def _validate_model_input(
@@ -144,7 +140,7 @@ PATCHES = (
     ),
     Hook(
         "vllm.sampling_params:SamplingParams._validate_spec_decode",
-        "min_p and logit_bias work with bita; what does not is refused per request",
+        "min_p and logit_bias work with bita",
         "(self, speculative_config)",
         _validate_spec_decode,
     ),

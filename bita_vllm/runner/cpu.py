@@ -144,6 +144,11 @@ class BitaCPUModelRunner(CPUModelRunner):
             ):
                 self._dummy_run(self.max_num_tokens, is_profile=True)
 
+    def may_reinitialize_input_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Stock; a batch that is made anew is a plain runner's, too, as its thinking budgets look at no drafts."""
+        with replaced(self, "num_spec_tokens", 0):
+            super().may_reinitialize_input_batch(*args, **kwargs)
+
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Stock; a step with no blocks in it or behind it is plain vLLM's, to which there is no drafter."""
         self._blocks = self._walk = None

@@ -2,7 +2,8 @@
 
 Noise is keyed by (seed, position), so all nodes of all trees are sampled in one call, and a seeded
 request draws plain vLLM's tokens. Penalties, bad words and thinking budgets look at the tokens before a
-row, which in a tree are its ancestors: with those, the sampler is called along the walk, once a depth.
+row, which in a tree are its ancestors, and the user's own logits processors may: with those, the sampler is
+called along the walk, once a depth, on rows that lie as those of drafts in a chain do.
 Source: vllm/v1/worker/gpu/sample/sampler.py, spec_decode/rejection_sampler.py.
 """
 
@@ -18,7 +19,9 @@ from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from bita_vllm.runner.gpu_trees import StepTrees
@@ -80,6 +83,10 @@ class TreeSampler:
         self.trees = trees
         # [max_num_reqs * most nodes] int32: a node sampled by itself is the first of its chain
         self._no_local_positions = torch.zeros_like(trees.node_tokens)
+        stock = (LogitBiasState, PenaltiesState, BadWordsState)
+        self._has_own_processors = any(
+            not isinstance(processor, stock) for processor in sampler.logits_processors
+        )
 
     def warm_up(self) -> None:
         """Compile what only requests with penalties launch, so that none of them waits for it."""
@@ -126,10 +133,14 @@ class TreeSampler:
         return self.sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
 
     def _looks_back(self, requests: np.ndarray) -> bool:
-        """Whether a request of the batch uses what depends on the tokens before a row."""
+        """Whether a request of the batch uses what depends on the tokens before a row.
+
+        What the user's own logits processors depend on, nobody knows.
+        """
         budgets = self.sampler.thinking_budget_state
         return bool(
-            self.sampler.penalties_state.use_penalty[requests].any()
+            (self._has_own_processors and self.sampler.needs_logits_processing[requests].any())
+            or self.sampler.penalties_state.use_penalty[requests].any()
             or (budgets.enabled and budgets.use_thinking_budget[requests].any())
             or any(
                 processor.num_bad_words.np[requests].any()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from vllm.v1.sample.sampler import Sampler
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
     from bita_vllm.runner.blocks import StepBlocks
@@ -65,6 +66,7 @@ class GreedyTargets:
             and metadata.allowed_token_ids_mask is None
             and not metadata.bad_words_token_ids
             and not any(_changes_argmax(p) for p in metadata.logitsprocs.non_argmax_invariant)
+            and not has_thinking_budgets(metadata)
         )
 
     def __call__(self, nodes: np.ndarray, walking: np.ndarray, step: int) -> np.ndarray:
@@ -72,6 +74,12 @@ class GreedyTargets:
 
     def close(self) -> None:
         """Nothing to undo."""
+
+
+def has_thinking_budgets(metadata: SamplingMetadata) -> bool:
+    """Whether a request of the batch has a thinking budget."""
+    holder = metadata.thinking_budget_state_holder
+    return holder is not None and holder.has_tracked_requests()
 
 
 def _changes_argmax(processor: object) -> bool:
@@ -82,11 +90,42 @@ def _changes_argmax(processor: object) -> bool:
     return not isinstance(processor, MinPLogitsProcessor)
 
 
+class WalkingBudgets:
+    """The thinking budgets of a batch in one call of vLLM's sampler, which asks for no more than these methods.
+
+    Budgets count the tokens that came since the last call. Only those of requests that still walk have new ones;
+    the others' state stays as it is. A row's drafts are none of its own: it is one token, as in a plain step.
+    Source: vllm/v1/sample/thinking_budget_state.py.
+    """
+
+    def __init__(
+        self,
+        holder: ThinkingBudgetStateHolder,
+        # [B]
+        walking: np.ndarray,
+    ) -> None:
+        self._holder, self._requests = holder, np.flatnonzero(walking)
+
+    def has_tracked_requests(self) -> bool:
+        return self._holder.has_tracked_requests()
+
+    def update_state(
+        self, output_token_ids: list[list[int]], spec_token_ids: Any, repeat_indices: Any = None
+    ) -> None:
+        tokens = [output_token_ids[request] for request in self._requests]
+        self._holder.update_state(tokens, None, torch.from_numpy(self._requests))
+
+    def apply_to_logits(
+        self, logits: torch.Tensor, predict_bonus_token: bool, spec_token_ids: Any
+    ) -> torch.Tensor:
+        return self._holder.apply_to_logits(logits, predict_bonus_token, None)
+
+
 class SampledTargets:
     """Draw each emitted token as a plain step would: vLLM's sampler, one call a depth, on the whole batch.
 
-    Emitted tokens lie in the requests' output lists while the walk goes on, so penalties, bad words and
-    logits processors see them, and a seeded generator is used once a token: requests that have stopped
+    Emitted tokens lie in the requests' output lists while the walk goes on, so penalties, bad words, thinking budgets
+    and logits processors see them, and a seeded generator is used once a token: requests that have stopped
     walking do not touch theirs.
     """
 
@@ -111,10 +150,15 @@ class SampledTargets:
             self._pushed += walking
             for processor in metadata.logitsprocs.all:
                 processor.update_state(None)
-        generators = {i: g for i, g in metadata.generators.items() if walking[i]}
-        sampled = self._sampler(
-            self._logits[torch.from_numpy(nodes)], replace(metadata, generators=generators)
-        )
+        changed: dict[str, Any] = {
+            "generators": {i: g for i, g in metadata.generators.items() if walking[i]}
+        }
+        if has_thinking_budgets(metadata):
+            # At first plain vLLM's step asks for all, partial prefills too.
+            asked = walking if step > 0 else np.ones_like(walking)
+            budgets = WalkingBudgets(metadata.thinking_budget_state_holder, asked)
+            changed["thinking_budget_state_holder"] = budgets
+        sampled = self._sampler(self._logits[torch.from_numpy(nodes)], replace(metadata, **changed))
         if sampled.logprobs_tensors is not None:
             self._steps.append(sampled.logprobs_tensors)
         self._last = sampled.sampled_token_ids[:, 0].numpy().astype(np.int64)

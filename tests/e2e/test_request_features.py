@@ -16,7 +16,6 @@ import pytest
 from e2e.engines import ON_GPU_RUNNER, Request, engine, generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
 from vllm import LLM, RequestOutput, SamplingParams
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
@@ -276,16 +275,3 @@ def test_aborted_requests_leave_the_others_alone(arms, model, adapter):
     for name in names[1::2]:
         expected = list(arms.plain[name].outputs[0].token_ids)
         assert list(finished[name].outputs[0].token_ids) == expected
-
-
-def test_thinking_budget_is_refused_in_a_sentence(model, adapter):
-    bita = {"model": str(adapter), "tree": "2,1"}
-    params = SamplingParams(thinking_token_budget=4)
-    with engine(model, bita, **OPTIONS) as llm:
-        with pytest.raises(
-            VLLMValidationError, match=r"thinking_token_budget.* is not supported"
-        ) as error:
-            generate(llm, [([5, 6, 7], params)])
-        assert "\n" not in str(error.value)
-        after = generate(llm, [([5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True))])
-        assert len(after[0].outputs[0].token_ids) == 3  # the engine goes on

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from vllm.config.cache import CacheDType
 from vllm.config.utils import replace
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
@@ -382,7 +382,14 @@ ENGINE = {
     "prompt embeddings": ({"enable_prompt_embeds": True}, ["prompt embeddings"]),
     "sampling masks": ({"return_sampling_mask": True}, ["return_sampling_mask"]),
     "trace replay": ({"enable_trace_replay": True}, ["enable_trace_replay"]),
-    "logits processors": ({"logits_processors": ["mine:Processor"]}, ["mine:Processor"]),
+    "logits processors": (
+        {"logits_processors": ["mine:Processor"]},
+        ["mine:Processor", "on CPU", "may count steps"],
+    ),
+    "weight transfer": (
+        {"weight_transfer_config": {"backend": "ipc"}},
+        ["weight_transfer_config", "on CPU", "reload_weights"],
+    ),
     "KV connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         ["KV connectors"],
@@ -494,16 +501,12 @@ def verify(make, **params):
     [
         {"min_p": 0.1}, {"logit_bias": {5: 1.0}}, {"min_tokens": 3}, {"allowed_token_ids": [3, 4]},
         {"seed": 1, "top_k": 4, "top_p": 0.9}, {"repetition_penalty": 1.2, "logprobs": 3, "n": 2},
+        {"thinking_token_budget": 4},
     ],
     ids=lambda params: "-".join(params),
 )  # fmt: skip
 def test_request_that_bita_serves_is_let_through(make, params):
     verify(make, **params)
-
-
-def test_request_with_a_thinking_budget_is_refused(make):
-    with pytest.raises(VLLMValidationError, match="thinking_token_budget"):
-        verify(make, thinking_token_budget=4)
 
 
 @pytest.fixture
@@ -522,7 +525,16 @@ def test_batch_sharded_sampling_is_refused(make):
     config = make()
     config.parallel_config.enable_batch_sharded_sampling = True
     message = refused(lambda: check_engine(config, get_settings(config)))
-    assert "enable_batch_sharded_sampling" in message
+    assert "enable_batch_sharded_sampling" in message and "as every rank" in message
+
+
+def test_gpu_takes_weight_transfer_and_logits_processors(make, monkeypatch):
+    config = make()
+    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    config.weight_transfer_config = WeightTransferConfig(backend="ipc")
+    check_engine(config, get_settings(config))
+    config.model_config.logits_processors = ["mine:Processor"]
+    bita_config._refuse_first(bita_config._unsupported_model(config.model_config))
 
 
 def test_returned_experts_are_refused(make):
