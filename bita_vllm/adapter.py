@@ -10,9 +10,7 @@ and maybe `mask_lora/` (mask_lora.py): low-rank deltas of the linear layers, for
 """
 
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from bita_vllm.adapter_config import (
     ModelShape,
     first_line,
 )
+from bita_vllm.atomic_write import written_whole
 from bita_vllm.mask_lora import MaskLoraWeights
 
 __all__ = [
@@ -157,7 +156,7 @@ def resolve_adapter_dir(name_or_path: str | Path, revision: str | None = None) -
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
     """Write `adapter` to the directory `path`, which is made if needed.
 
-    Each file is replaced in one move, so a reader or a crash never meets half a file. Raises
+    A reader or a crash never meets half a file, and no file is replaced before all are written. Raises
     AdapterError if the tensors do not fit the config (nothing is written then) or writing fails.
     """
     adapter.check()
@@ -168,14 +167,15 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         adapter.mask_lora.save(path / MASK_LORA_DIR, config.verifier, config.model.num_layers)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temp:
+        with (
+            written_whole(path / CONFIG_FILE) as config_file,
+            written_whole(path / WEIGHTS_FILE) as weights_file,
+        ):
             # Not save_file: it makes files that only their owner may read.
-            (Path(temp) / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-            (Path(temp) / CONFIG_FILE).write_text(
+            weights_file.write_bytes(save(tensors, metadata={"format": "pt"}))
+            config_file.write_text(
                 json.dumps(adapter.config.raw, indent=2) + "\n", encoding="utf-8"
             )
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(temp) / name, path / name)
         if adapter.mask_lora is None:  # those of the adapter that lay here before
             shutil.rmtree(path / MASK_LORA_DIR, ignore_errors=True)
     except (OSError, SafetensorError) as error:

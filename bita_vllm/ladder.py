@@ -7,7 +7,6 @@ blocks, many get small ones, and at width 0 a step is plain vLLM's (DESIGN secti
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bita_vllm.atomic_write import write_text
 from bita_vllm.file_schemas import LadderSchema, check, read_json, shortened
 from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateError
@@ -117,7 +117,7 @@ class Ladder:
         return cls(sets, form.batch_sizes, dict(content.get("provenance", {})))
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON form, in one move. Raises LadderError."""
+        """Write the JSON form, whole. Raises LadderError."""
         path = Path(path)
         content = {
             "bita_ladder": FORMAT_VERSION,
@@ -125,10 +125,8 @@ class Ladder:
             "template_sets": [one.to_dict() for one in self.template_sets],
             "provenance": dict(self.provenance),
         }
-        scratch = path.with_suffix(".saving")
         try:
-            scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(scratch, path)
+            write_text(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             raise LadderError(f"The ladder could not be written to {path} ({error}).") from error
 

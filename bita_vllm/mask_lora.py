@@ -7,9 +7,7 @@ same modules, so PEFT and vLLM's LoRA loader read them as they are. Nothing here
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from bita_vllm.adapter_config import AdapterError, first_line
+from bita_vllm.atomic_write import written_whole
 from bita_vllm.file_schemas import LoraSchema, SchemaError, check, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -171,11 +170,12 @@ class MaskLoraWeights:
         }
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as temp:
-                (Path(temp) / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-                (Path(temp) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-                for file in (WEIGHTS_FILE, CONFIG_FILE):
-                    os.replace(Path(temp) / file, path / file)
+            with (
+                written_whole(path / CONFIG_FILE) as config_file,
+                written_whole(path / WEIGHTS_FILE) as weights_file,
+            ):
+                weights_file.write_bytes(save(tensors, metadata={"format": "pt"}))
+                config_file.write_text(json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise AdapterError(
                 f"The low-rank deltas could not be written to {path} ({first_line(error)})."

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bita_vllm.atomic_write import write_text
 from bita_vllm.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
 
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
@@ -126,8 +127,13 @@ class Template:
             ) from None
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON form that `load` reads."""
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+        """Write the JSON form that `load` reads, whole. Raises TemplateError."""
+        try:
+            write_text(path, json.dumps(self.to_dict()) + "\n")
+        except OSError as error:
+            raise TemplateError(
+                f"The tree template could not be written to {path} ({error})."
+            ) from error
 
     @classmethod
     def from_dict(cls, content: Any) -> Template:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bita_vllm.adapter import AdapterError
+from bita_vllm.adapter_config import first_line
+from bita_vllm.atomic_write import written_whole
 
 
 def save_checkpoint(
@@ -23,9 +24,9 @@ def save_checkpoint(
     config: dict[str, Any],
     step: int,
 ) -> None:
-    """Write all of it in one move, so that a crash leaves the checkpoint before.
+    """Write all of it whole, so that a crash leaves the checkpoint before.
 
-    `states`: of the optimizers, by name of the parameter.
+    `states`: of the optimizers, by name of the parameter. Raises AdapterError if it cannot be written.
     """
     tensors = {f"parameter/{name}": p.detach() for name, p in parameters.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
@@ -33,9 +34,14 @@ def save_checkpoint(
         for key, value in state.items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    scratch = path.with_suffix(".saving")
-    save_file(tensors, scratch, metadata={"config": json.dumps(config), "step": str(step)})
-    os.replace(scratch, path)
+    metadata = {"config": json.dumps(config), "step": str(step)}
+    try:
+        with written_whole(path) as scratch:
+            save_file(tensors, scratch, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"The checkpoint could not be written to {path} ({first_line(error)}); the one before is kept."
+        ) from error
 
 
 def load_checkpoint(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
+from bita_vllm.atomic_write import write_csv, written_whole
 from bita_vllm.training.loss import LossResult
 
 RECENT_STEPS = 50
@@ -82,18 +82,12 @@ class Curve:
         }
 
     def write(self) -> None:
-        """Replace training.csv in one move."""
-        if not self.rows:
-            return
-        scratch = self._out / "training.csv.saving"
-        with scratch.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(scratch, self._out / "training.csv")
+        """Write training.csv, whole. Raises OSError."""
+        if self.rows:
+            write_csv(self._out / "training.csv", self.rows)
 
     def plot(self) -> None:
-        """Write training.png: loss, and accuracy of each mask."""
+        """Write training.png, whole: loss, and accuracy of each mask. Raises OSError."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 4), layout="constrained")
@@ -107,7 +101,8 @@ class Curve:
             axes.set(xlabel="step", ylabel=f"{label} (mean of {RECENT_STEPS} steps)")
             axes.legend()
             axes.grid(alpha=0.3)
-        figure.savefig(self._out / "training.png", dpi=120)
+        with written_whole(self._out / "training.png") as scratch:
+            figure.savefig(scratch, dpi=120)
 
     def _accuracies(self) -> list[str]:
         return [f"m{place}_accuracy" for place in range(1, self._num_masks + 1)]

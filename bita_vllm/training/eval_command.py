@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
@@ -80,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         result = evaluate(args)
+        if args.csv:
+            _write_csv(args.csv, result)
     except (AdapterError, DataError, TemplateError) as error:
         print(f"bita: {error}", file=sys.stderr)
         return 1
-    if args.csv:
-        _write_csv(args.csv, result)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -279,18 +278,21 @@ def _mean(values: list[int]) -> float:
 
 
 def _write_csv(path: Path, result: dict[str, Any]) -> None:
-    """One row a tree: the tree's figures, accuracies, and where all of it comes from."""
+    """Write one row a tree: its figures, accuracies, and where all of it comes from. Raises DataError."""
+    from bita_vllm.atomic_write import write_csv
+    from bita_vllm.training.samples import DataError
+
     shared = {key: result[key] for key in result if not isinstance(result[key], dict | list)}
     shared |= {
         f"{mask}_top{r}": top[r - 1] for mask, top in result["accuracy"].items() for r in (1, 5, 10)
     }
     shared |= result["versions"]
     rows = [{**row, **shared} for row in result["trees"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(path, rows)
+    except OSError as error:
+        raise DataError(f"The table could not be written to {path} ({error}).") from error
 
 
 def _print_tables(result: dict[str, Any]) -> None:

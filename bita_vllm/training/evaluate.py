@@ -8,7 +8,6 @@ low-rank deltas are measured too; the rest follows from the ranks alone.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from bita_vllm.adapter import CONFIG_FILE, AdapterConfig, AdapterError
+from bita_vllm.atomic_write import write_text
 from bita_vllm.line_choice import LineChoice
 from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.training.mask_model import MaskModel
@@ -249,14 +249,12 @@ def _smoothed(counts: np.ndarray) -> np.ndarray:
 
 
 def save_acceptance(adapter_dir: Path, statistics: dict[str, Any]) -> None:
-    """Put the statistics into the adapter's config.json, in one move. Raises AdapterError."""
+    """Put the statistics into the adapter's config.json, which is written whole. Raises AdapterError."""
     path = adapter_dir / CONFIG_FILE
-    scratch = path.with_suffix(".saving")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw["acceptance"] = statistics
-        scratch.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, json.dumps(raw, indent=2) + "\n")
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"The acceptance statistics could not be saved to {path} ({error})."

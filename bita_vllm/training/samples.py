@@ -133,10 +133,19 @@ class SampleWriter:
             ) from error
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                written = memoryview(lines.encode())
+                while written:
+                    written = written[file.write(written) :]
+                os.fsync(file.fileno())
+            except (
+                BaseException
+            ):  # the disk is full, or somebody wants us to end: no part of a line stays
+                os.ftruncate(file.fileno(), end)
+                raise
 
     def _drop_partial_line(self) -> bool:
         """Cut off what an interrupted write left behind the last full line; False if nothing is left.

@@ -152,7 +152,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
 
 def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Point] | None:
     """What was timed for the ladder in that file, if it was timed on the same."""
-    from bita_vllm.ladder import Ladder, LadderVersionError
+    from bita_vllm.ladder import Ladder, LadderError, LadderVersionError
     from bita_vllm.tuning.cost import Point
 
     if not path.is_file():
@@ -161,6 +161,9 @@ def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Point] | N
         had = Ladder.load(path).provenance
     except LadderVersionError:
         return None
+    except LadderError as error:
+        again = "--again writes a new ladder in its place"
+        raise LadderError(f"{str(error).rstrip('.')}, where {again}.") from None
     same = all(had.get(key) == provenance[key] for key in PROFILE_KEYS)
     return [Point(*point) for point in had["step_seconds"]] if same else None
 
