@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from bita_vllm import __version__, doctor
 from bita_vllm.training import data_command, eval_command, shrink_command, train_command
@@ -26,7 +31,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     args = make_parser().parse_args(argv)
-    return args.run(args)
+    ended_by = signal.SIGINT
+    try:
+        with _sigterm_as_interrupt():
+            return args.run(args)
+    except _Terminated:
+        ended_by = signal.SIGTERM
+    except KeyboardInterrupt:
+        pass
+    except (
+        OSError
+    ) as error:  # what a command does not expect: no place for scratch files, no such terminal
+        print(f"bita: The system refused what was needed ({error}).", file=sys.stderr)
+        return 1
+    print(
+        f"bita: Ended by {ended_by.name}; what is written is whole, and nothing half done stays.",
+        file=sys.stderr,
+    )
+    return 128 + ended_by
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command as Ctrl-C does, so that engines are shut down and scratch files go."""
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Raise _Terminated at the first SIGTERM; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there signals can be handled
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_parser() -> argparse.ArgumentParser:

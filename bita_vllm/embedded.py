@@ -58,13 +58,23 @@ def cached_dir(name: str, make: Callable[[Path], None]) -> Path:
     """The directory `name` of our cache; if it is missing, `make` fills an empty one, whose parent is scratch space.
 
     The cache lies in $BITA_CACHE, else $XDG_CACHE_HOME, else ~/.cache, and a directory appears there by one
-    rename: never half done.
+    rename: never half done. Raises EmbeddedModelError.
     """
     root = os.environ.get("BITA_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     target = Path(root).expanduser() / "bita" / name
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _made_in_scratch(target, make)
+    except OSError as error:
+        raise EmbeddedModelError(
+            f"{target} could not be made ({error}); name another folder as BITA_CACHE."
+        ) from error
+
+
+def _made_in_scratch(target: Path, make: Callable[[Path], None]) -> Path:
+    """The directory `target`, filled by `make`. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()

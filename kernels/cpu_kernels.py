@@ -28,7 +28,6 @@ from torch.utils import cpp_extension
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.cpp"))
 HEADERS = sorted(FOLDER.glob("*.h"))
-CACHE = Path.home() / ".cache" / "bita" / "kernels"
 # Not -ffast-math: a masked score is minus infinity.
 FLAGS = [
     "-std=c++20",
@@ -40,6 +39,7 @@ FLAGS = [
     "-fopenmp",
     "-fPIC",
 ]
+HASH_BYTES = 32
 BUILD_TIMEOUT_S = 600  # a source; 35 s for all of them on two idle cores
 
 
@@ -102,12 +102,11 @@ def register() -> bool:
         _library.define(name + arguments)
         torch.library.register_fake(f"bita::{name}", traced)
     try:
-        torch.ops.load_library(build(CACHE))
+        load()
     except (BuildError, OSError) as error:
         logger.warning(
-            "bita: no C++ kernels for the CPU (%s); step blocks run in torch operations, several times slower. "
-            "Install a C++ compiler (g++) to have them.",
-            error,
+            "bita: no C++ kernels for the CPU (%s); step blocks run in torch operations, several times slower.",
+            " ".join(str(error).split()),
         )
         for name, (_, twin, _) in OPERATIONS.items():
             _library.impl(name, twin, "CPU")
@@ -122,22 +121,62 @@ def has_bf16_products() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def cache_folder() -> Path:
+    """Where builds are kept: in $BITA_CACHE, else $XDG_CACHE_HOME, else ~/.cache."""
+    root = os.environ.get("BITA_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(root)) / "bita" / "kernels"
+
+
+def load() -> None:
+    """Load the library; one that cannot be kept is built for this process only.
+
+    Raises:
+        BuildError, OSError: there is none.
+    """
+    folder = cache_folder()
+    try:
+        library = build(folder)
+    except OSError as error:
+        logger.warning(
+            "bita: the C++ kernels for the CPU are compiled at every start, as they cannot be kept in %s (%s); "
+            "name another folder as BITA_CACHE.",
+            folder,
+            error.strerror,
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            torch.ops.load_library(build(Path(scratch)))
+        return
+    torch.ops.load_library(library)
+
+
+def is_whole(library: Path) -> bool:
+    """Whether the file is there as it was built: its last bytes are the hash of the others.
+
+    To load a part of a library ends the process.
+    """
+    if not library.is_file():
+        return False
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-HASH_BYTES]).digest() == content[-HASH_BYTES:]
+
+
 def build(folder: Path) -> Path:
-    """The library for this source, machine and torch in `folder`; compiled if it is not there.
+    """The library for this source, machine and torch in `folder`; compiled if it is not there, and whole.
 
     Raises:
         BuildError: there is no compiler, or it fails; the message is its first error.
+        OSError: nothing can be written to the folder.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH")
+        raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH; install g++")
     # Says what -march=native means here.
     macros = run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     key = "\n".join(
         [*(path.read_text() for path in SOURCES + HEADERS), *FLAGS, torch.__version__, macros]
     )
     library = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if library.is_file():
+    if is_whole(library):
         return library
     folder.mkdir(parents=True, exist_ok=True)
     headers = [f"-I{path}" for path in cpp_extension.include_paths()]
@@ -157,6 +196,11 @@ def build(folder: Path) -> Path:
         # OpenMP is the one that torch has loaded: a second one would have threads of its own.
         torch_libraries = [*torch_folder, "-lc10", "-ltorch", "-ltorch_cpu"]
         run([compiler, "-shared", *compiled, "-o", str(made), *torch_libraries])
+        with made.open("rb+") as file:
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
         made.replace(library)
     return library
 

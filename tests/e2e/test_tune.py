@@ -1,7 +1,13 @@
 """`bita tune` on the real engine: times steps, writes a ladder that serving takes, reuses what it timed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 from e2e.engines import ON_GPU_RUNNER, in_this_process, make_adapter, torch_threads
 from vllm.platforms.cpu import CpuPlatform
@@ -81,6 +87,42 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
     assert "step times are taken from" in capsys.readouterr().out
     assert Ladder.load(adapter / LADDER_FILE).provenance["step_seconds"] == points
     assert len(configs) == 1
+
+
+@pytest.mark.skipif(ON_GPU_RUNNER, reason="the command in a process of its own, on the CPU")
+def test_sigterm_while_steps_are_timed_leaves_nothing(tiny_model, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=2)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    files = sorted(os.listdir(adapter))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    options = {"enforce_eager": True, "block_size": 32}
+    command = [sys.executable, "-m", "bita_vllm.cli", "tune", str(adapter), "--requests", "1"]
+    command += ["--rows", "4", "--steps", "1000000", "--dtype", "float32", "--max-num-seqs", "2"]
+    env = {**os.environ, "TMPDIR": str(scratch), "VLLM_LOGGING_LEVEL": "INFO"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--engine-args", json.dumps(options)], env=env, stdout=out, stderr=out
+        )
+    try:
+        me, deadline = psutil.Process(process.pid), time.monotonic() + 120
+        while "init engine" not in log.read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        processes = [me, *me.children(recursive=True)]
+        assert list(scratch.iterdir())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    lines = [line for line in log.read_text().splitlines() if line]
+    assert [line for line in lines if line.startswith("bita: ")] == lines[-1:]
+    assert "Ended by SIGTERM" in lines[-1] and "Traceback" not in log.read_text()
+    # vLLM keeps the file over which its ranks have met.
+    assert [path for path in scratch.iterdir() if "vllm_dist" not in path.name] == []
+    assert sorted(os.listdir(adapter)) == files
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """`bita doctor`: says what is well and what is not, in a table and in JSON, with an exit code."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -166,3 +168,31 @@ def test_wrong_command_is_a_usage_error(argv, capsys):
         cli.main(argv)
     assert stop.value.code == 2
     assert "usage: bita" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_ends_a_command_in_a_sentence(capsys, monkeypatch, tmp_path, number):
+    def run(args):
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            (tmp_path / "tidied").touch()
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 128 + number
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"bita: Ended by {number.name}") and "\n" not in error
+    assert (tmp_path / "tidied").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_the_system_refuses_is_a_sentence(capsys, monkeypatch):
+    def run(args):
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "No space left on device" in error and "/somewhere" in error and "\n" not in error

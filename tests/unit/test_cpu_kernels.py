@@ -1,5 +1,6 @@
 """The CPU kernels beside their twins, and what happens where they cannot be built. Attention: test_attention_cpu.py."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,40 @@ def test_no_compiler(tmp_path, monkeypatch, setting, says):
         monkeypatch.setenv(name, value)
     with pytest.raises(cpu_kernels.BuildError, match=says.replace("g++", "g\\+\\+", 1)):
         cpu_kernels.build(tmp_path)
+
+
+@pytest.fixture
+def one_source(monkeypatch):
+    """The kernel that moves KV only, which compiles in a few seconds."""
+    monkeypatch.setattr(cpu_kernels, "SOURCES", [cpu_kernels.FOLDER / "move_kv_cpu.cpp"])
+    monkeypatch.setattr(cpu_kernels, "FLAGS", [f for f in cpu_kernels.FLAGS if f != "-O3"])
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: loaded.append(ctypes.CDLL(path)))
+    return loaded
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, caplog, one_source):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BITA_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
+    cpu_kernels.load()
+    assert len(one_source) == 1
+    (record,) = caplog.records
+    sentence = record.getMessage()
+    assert "compiled at every start" in sentence and "Not a directory" in sentence
+    assert "BITA_CACHE" in sentence and "\n" not in sentence
+
+
+def test_a_damaged_build_is_made_anew(tmp_path, monkeypatch, one_source):
+    monkeypatch.setenv("BITA_CACHE", str(tmp_path))
+    library = cpu_kernels.build(cpu_kernels.cache_folder())
+    library.write_bytes(library.read_bytes()[:1000])
+    cpu_kernels.load()
+    assert len(one_source) == 1
+    assert list(cpu_kernels.cache_folder().iterdir()) == [library]
+
+
+def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("BITA_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cpu_kernels.cache_folder() == tmp_path / "bita" / "kernels"

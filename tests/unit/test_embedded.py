@@ -83,3 +83,11 @@ def test_the_embedded_model_answers_a_question(embedded_model):
     )
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BITA_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(embedded.EmbeddedModelError, match="BITA_CACHE") as error:
+        embedded.embedded_model_dir()
+    assert "Not a directory" in str(error.value) and "\n" not in str(error.value)
