@@ -19,6 +19,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from bita_vllm import config
 from bita_vllm.config import get_settings
+from bita_vllm.engine_process import end_with_front_end
 from bita_vllm.grammar import BlockGrammar
 from bita_vllm.graphs import most_requests
 from bita_vllm.token_budget import leave_out_blocks, prefill_tokens, within_budget
@@ -71,6 +72,7 @@ class _BlockScheduler(Scheduler):
             padded=config.on_gpu(),
             most_requests=most_requests(self.vllm_config) if config.on_gpu() else None,
         )
+        end_with_front_end()
         # Requests, end and CPU clock of the last step if it did nothing but decode.
         self._last_decode: tuple[int, float, float | None] = (0, 0.0, None)
 
