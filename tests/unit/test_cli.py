@@ -181,7 +181,12 @@ def test_a_signal_ends_a_command_in_a_sentence(capsys, monkeypatch, tmp_path, nu
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(doctor, "run", run)
-    assert cli.main(["doctor"]) == 128 + number
+    # What starts the tests may have had SIGINT ignored, as a shell does for jobs in the background.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["doctor"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"bita: Ended by {number.name}") and "\n" not in error
     assert (tmp_path / "tidied").exists()
