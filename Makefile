@@ -45,7 +45,7 @@ GPU_TESTS := $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py mixed_steps.
 test: venv
 	failed=0; \
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS) || failed=1; \
-	$(BIN)/pytest -n 2 --dist worksteal tests/kernels $(ARGS) || failed=1; \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/kernels $(ARGS) || failed=1; \
 	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(GPU_TESTS) $(ARGS) || failed=1; \
 	exit $$failed
 

@@ -15,16 +15,22 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 import torch
 from bita_kernels.accept_tree import accept_tree, accept_tree_naive
-from bita_kernels.add_mask_lora import add_mask_lora
+from bita_kernels.add_mask_lora import add_mask_lora, make_arrivals
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
-from bita_kernels.build_block import build_block, build_block_naive, workspace_shape
+from bita_kernels.build_block import build_block
+from bita_kernels.build_block_naive import build_block_naive
+from bita_kernels.choice_table import ChoiceTable
 from bita_kernels.move_kv import LayerCaches, move_kv, move_kv_naive
+from bita_kernels.rank_tokens import Ranking
 from bita_kernels.tree_attention import Workspace, tree_attention
 from bita_kernels.tree_table import TreeTable
 from kernel_cases import Case, Shape
 from kernel_providers import attention_config, with_our_arguments
 
+from bita_vllm.line_choice import LineChoice
+from bita_vllm.template_set import sets_of_one, templates_of
 from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree_search import acceptance_table
 
 REQUESTS, VOCAB_SIZE = 3, 1000
 TREES = ([1], [2, 1], [5, 4, 3])
@@ -80,13 +86,15 @@ def walks(device: torch.device) -> Iterator[Check]:
         ) -> dict[str, Any]:  # fmt: skip
             first = int32(*(i * rows for i in range(REQUESTS)))
             last = len(table.num_depths) - 1
+            num_nodes = table.num_nodes[[last, last, 0]]  # the last has no block
+            num_nodes[-1] = 1
             empty = {
                 name: torch.full(shape, -7, dtype=torch.int32, device=device)
                 for name, shape in (
+                    ("tokens", (REQUESTS, steps + 2)),
                     ("path", (REQUESTS, steps)),
                     ("num_emitted", (REQUESTS,)),
-                    ("last_node", (REQUESTS,)),
-                    ("next_line", (REQUESTS,)),
+                    ("next_depths", (REQUESTS,)),
                     ("mask_rows", (REQUESTS, steps - 1)),
                 )
             }
@@ -98,8 +106,8 @@ def walks(device: torch.device) -> Iterator[Check]:
                 "num_rows": int32(rows, max(rows - 1, 1), 1),
                 "line": int32(last, last, -1),
                 "emitting": torch.ones(REQUESTS, dtype=torch.bool, device=device),
+                "first_mask": first + num_nodes,
                 "table": table,
-                "tokens": torch.full((REQUESTS, steps), -7, device=device),
                 **empty,
             }
 
@@ -110,28 +118,39 @@ def walks(device: torch.device) -> Iterator[Check]:
 
 
 def blocks(device: torch.device) -> Iterator[Check]:
-    """Candidates from a vocabulary that no chunk divides."""
+    """Candidates from a vocabulary that no chunk divides; ranking and choice of the tree included."""
+    acceptance = acceptance_table(None, 3)
     for widths in TREES:
-        table = TreeTable.of(TemplateTable(Template.from_widths(widths, 3)), device)
+        sets = sets_of_one([Template.from_widths(widths, 3)])
+        table = TreeTable.of(TemplateTable(*templates_of(sets)), device)
+        choice = ChoiceTable.of(LineChoice(sets, acceptance, device), table.max_rank, device)
         logits = torch.randn(9, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 
-        def arguments(table: TreeTable = table, logits: torch.Tensor = logits) -> dict[str, Any]:
+        def arguments(
+            table: TreeTable = table, choice: ChoiceTable = choice, logits: torch.Tensor = logits
+        ) -> dict[str, Any]:
             rows = torch.arange(REQUESTS * table.max_depth).view(REQUESTS, -1) % len(logits)
-            line = torch.full((REQUESTS,), len(table.num_depths) - 1)
-            shape = workspace_shape(REQUESTS, VOCAB_SIZE, table)
+            depths = torch.full((REQUESTS,), table.max_depth)
             return {
                 "logits": logits.to(device),
-                "logits_rows": rows.int().to(device),
-                "line": line.int().to(device),
+                "logits_rows": rows.to(device),
+                "depths": depths.int().to(device),
+                "slots": torch.arange(REQUESTS, device=device).flip(0),
                 "first_mask_id": VOCAB_SIZE,
                 "table": table,
-                "workspace": torch.full(shape, 2**63 - 1, device=device),
+                "choice": choice,
+                "set_index": 0,
+                "only_first": False,
+                "ranking": Ranking.of(REQUESTS, VOCAB_SIZE, table),
                 "draft_tokens": torch.full((REQUESTS, table.num_rows - 1), -7, device=device),
+                "line_of_slot": torch.full((REQUESTS,), -7, dtype=torch.int32, device=device),
             }
 
         yield (
             f"build_block, {widths}",
-            lambda a=arguments: different(build_block, build_block_naive, a, ("draft_tokens",)),
+            lambda a=arguments: different(
+                build_block, build_block_naive, a, ("draft_tokens", "line_of_slot")
+            ),
         )
 
 
@@ -179,7 +198,7 @@ def deltas(device: torch.device) -> Iterator[Check]:
             torch.tensor([20], device=device),
         )  # fmt: skip
         theirs = tuple(x.clone() for x in mine)
-        add_mask_lora(*mine)
+        add_mask_lora(*mine, make_arrivals(len(rows), device))
         add_mask_lora_naive(*theirs)
         return ((mine[0] - theirs[0]).abs().max() / theirs[0].abs().max()).item()
 
@@ -194,8 +213,7 @@ def different(
         "tokens",
         "path",
         "num_emitted",
-        "last_node",
-        "next_line",
+        "next_depths",
         "mask_rows",
     ),
 ) -> float:
