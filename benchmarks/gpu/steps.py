@@ -86,8 +86,8 @@ def tune(machine: Machine) -> None:
             machine.fail("bita tune", f"{error}; its ladder is there")
     points = json.loads(path.read_text())["provenance"]["step_seconds"]
     file = RowFile(machine.out / "steps.csv", STEP_COLUMNS, machine.facts)
-    plain = {requests: seconds for requests, rows, seconds in points if rows == 1}
-    for requests, rows, seconds in points:
+    plain = {requests: seconds for requests, rows, seconds, _ in points if rows == 1}
+    for requests, rows, seconds, _ in points:
         ratio = round(seconds / plain[requests], 3) if requests in plain else ""
         row = {"case": case, "requests": requests, "rows": f"{rows:.4g}", "to_plain": ratio}
         file.add({**row, "step_ms": round(1e3 * seconds, 3)})
@@ -124,8 +124,10 @@ def run_cli_interpreted(argv: Sequence[str]) -> None:
     from e2e.engines import in_this_process, torch_threads
 
     from bita_vllm import cli
+    from bita_vllm.tuning import profile
 
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # stronger than any argument
+    profile.PRECISION, profile.MOST_WARM_UPS = 10.0, 1  # what it prints is no figure: few rounds do
     with torch_threads(1), in_this_process():
         if cli.main(list(argv)):
             raise RuntimeError("bita tune failed")
