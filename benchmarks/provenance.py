@@ -5,7 +5,7 @@ import platform
 from datetime import datetime, timezone
 from pathlib import Path
 
-from bita_vllm.machine import cpu_name
+from bita_vllm.system.machine import cpu_name
 from bita_vllm.training.provenance import git_sha, package_version
 
 ROOT = Path(__file__).resolve().parent.parent

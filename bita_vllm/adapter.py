@@ -27,8 +27,8 @@ from bita_vllm.adapter_config import (
     ModelShape,
     first_line,
 )
-from bita_vllm.atomic_write import written_whole
 from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.system.atomic_write import written_whole
 
 __all__ = [
     "CONFIG_FILE",

@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeGuard, TypeVar
 
-from bita_vllm.file_schemas import (
+from bita_vllm.system.file_schemas import (
     MAX_MASK_TOKENS,
     AcceptanceSchema,
     SchemaError,

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bita_vllm.atomic_write import write_text
-from bita_vllm.file_schemas import LadderSchema, check, read_json, shortened
+from bita_vllm.system.atomic_write import write_text
+from bita_vllm.system.file_schemas import LadderSchema, check, read_json, shortened
 from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateError
 

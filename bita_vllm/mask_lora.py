@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from bita_vllm.adapter_config import AdapterError, first_line
-from bita_vllm.atomic_write import written_whole
-from bita_vllm.file_schemas import LoraSchema, SchemaError, check, read_json
+from bita_vllm.system.atomic_write import written_whole
+from bita_vllm.system.file_schemas import LoraSchema, SchemaError, check, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bita_vllm.file_schemas import AcceptanceSchema, TemplateSetSchema, check
+from bita_vllm.system.file_schemas import AcceptanceSchema, TemplateSetSchema, check
 from bita_vllm.tree import Template, TemplateError
 from bita_vllm.tree_search import best_template
 

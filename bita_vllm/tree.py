@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from bita_vllm.atomic_write import write_text
-from bita_vllm.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
+from bita_vllm.system.atomic_write import write_text
+from bita_vllm.system.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
 
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
 

@@ -28,9 +28,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from bita_vllm.machine import is_plain_avx2
 from bita_vllm.runner.loading import replaced
 from bita_vllm.runner.mask_lora import MaskLoraMethod
+from bita_vllm.system.machine import is_plain_avx2
 
 logger = init_logger("vllm.bita")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from bita_vllm.adapter import AdapterError
 from bita_vllm.adapter_config import first_line
-from bita_vllm.atomic_write import written_whole
+from bita_vllm.system.atomic_write import written_whole
 
 
 def save_checkpoint(

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from bita_vllm.atomic_write import write_csv, written_whole
+from bita_vllm.system.atomic_write import write_csv, written_whole
 from bita_vllm.training.loss import LossResult
 
 RECENT_STEPS = 50

@@ -279,7 +279,7 @@ def _mean(values: list[int]) -> float:
 
 def _write_csv(path: Path, result: dict[str, Any]) -> None:
     """Write one row a tree: its figures, accuracies, and where all of it comes from. Raises DataError."""
-    from bita_vllm.atomic_write import write_csv
+    from bita_vllm.system.atomic_write import write_csv
     from bita_vllm.training.samples import DataError
 
     shared = {key: result[key] for key in result if not isinstance(result[key], dict | list)}

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from bita_vllm.adapter import CONFIG_FILE, AdapterConfig, AdapterError
-from bita_vllm.atomic_write import write_text
 from bita_vllm.line_choice import LineChoice
+from bita_vllm.system.atomic_write import write_text
 from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from bita_vllm.machine import DeviceSpeed
 from bita_vllm.model_size import ModelSize
+from bita_vllm.system.machine import DeviceSpeed
 
 # Of a GPU step, in seconds; assumptions that come to 0.7 ms for plain vLLM with an 8B model.
 STEP_OVERHEAD = 0.38e-3  # launch of the graph, sampling, what of scheduling nothing hides

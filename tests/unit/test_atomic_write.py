@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, random_adapter, save_adapter
-from bita_vllm.atomic_write import write_bytes, write_csv
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.system.atomic_write import write_bytes, write_csv
 from bita_vllm.training.checkpoint import save_checkpoint
 from bita_vllm.training.curves import Curve
 from bita_vllm.training.eval_command import _write_csv

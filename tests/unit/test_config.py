@@ -24,8 +24,8 @@ from bita_vllm import default_rows, plugin, row_options
 from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
 from bita_vllm.config import check_engine, get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
-from bita_vllm.machine import cpu_name
 from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.system.machine import cpu_name
 from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
 
