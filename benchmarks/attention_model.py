@@ -14,8 +14,8 @@ from bita_kernels.attention_config import COMBINE_HEADS, AttentionConfig
 from bita_kernels.tree_attention import IN_TURN_SHARE, PROGRAMS_PER_PROCESSOR, SHORT_CONTEXT
 from bita_kernels.tree_attention_models import shipped
 
+from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.attention.workspaces import side_by_side_requests
-from bita_vllm.model_size import ModelSize
 from bita_vllm.system.machine import READ_SHARE, DeviceSpeed
 
 COMPILED = Path(__file__).parent / "results" / "kernels_aot.csv"

@@ -7,7 +7,7 @@ from typing import Protocol
 from attention_model import VALUE, Device
 from bita_kernels.add_mask_lora import MAX_ROW_PROGRAMS, choose_tiles
 
-from bita_vllm.model_size import ModelSize
+from bita_vllm.adapter.model_size import ModelSize
 
 DELTA_LAUNCH = 2.7e-6  # of a delta's kernel: it depends on the one before (AUDIT 14)
 ARRIVAL = (

@@ -22,7 +22,7 @@ from cpu_throughput import RESULTS, ROOT, rounded, write_csv
 from provenance import provenance
 from step_model import DEVICES, IMPLEMENTATIONS, MODELS, PerformanceModel
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.default_rows import Machine, default_ladder
 from bita_vllm.ladder import Ladder
 

@@ -47,7 +47,8 @@ def bita_rows(arm: Arm, concurrency: int) -> int | None:
     """Rows of a step block at that many requests, as serving chooses them; None for other methods."""
     if arm.config.get("method") != "bita":
         return None
-    from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
+    from bita_vllm.adapter.checkpoint import resolve_adapter_dir
+    from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.config import device_name, on_gpu
     from bita_vllm.default_rows import Machine, default_ladder
     from bita_vllm.row_options import choose_ladder

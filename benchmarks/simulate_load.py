@@ -18,7 +18,7 @@ import numpy as np
 from cpu_throughput import RESULTS, ROOT, rounded, table
 from provenance import provenance
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.ladder import Ladder
 from bita_vllm.template_set import TemplateSet, saved_sets
 from bita_vllm.training.evaluate import Predictions, acceptance_statistics

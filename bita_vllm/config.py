@@ -25,7 +25,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import __version__
-from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, resolve_adapter_dir
+from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
+from bita_vllm.adapter.config import AdapterConfig, ModelShape
 from bita_vllm.default_rows import Machine, default_ladder
 from bita_vllm.ladder import Ladder, ranges_of
 from bita_vllm.row_options import ConfigError, choose_ladder

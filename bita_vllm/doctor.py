@@ -109,7 +109,8 @@ def _check_platform() -> Check:
 
 
 def _check_adapter(adapter: str, model: str | None) -> Check:
-    from bita_vllm.adapter import Adapter, AdapterError, ModelShape, resolve_adapter_dir
+    from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
+    from bita_vllm.adapter.config import AdapterError, ModelShape
 
     try:
         shape = None if model is None else ModelShape.from_hf_config(_text_config(model))

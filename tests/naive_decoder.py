@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from bita_vllm.adapter import Adapter
+from bita_vllm.adapter.checkpoint import Adapter
 
 
 @dataclass(frozen=True)

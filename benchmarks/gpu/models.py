@@ -59,7 +59,8 @@ def make_adapter(
     With a trained adapter's `acceptance` it gets that one's trees; not its template sets, whose choice
     among trees asks for the probabilities of trained masks.
     """
-    from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+    from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
+    from bita_vllm.adapter.config import ModelShape
 
     if folder.exists():
         return folder
@@ -80,7 +81,7 @@ def make_adapter(
 
 def random_deltas(config: dict[str, Any], rank: int) -> Any:
     """Small random deltas on every linear layer of a Llama model's decoder."""
-    from bita_vllm.mask_lora import MaskLoraWeights
+    from bita_vllm.adapter.deltas import MaskLoraWeights
 
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads

@@ -31,7 +31,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.attention.gpu import (
     TreeTritonAttentionBackend,
     TreeTritonAttentionImpl,

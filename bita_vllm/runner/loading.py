@@ -21,7 +21,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from bita_vllm.adapter import Adapter, ModelShape
+from bita_vllm.adapter.checkpoint import Adapter
+from bita_vllm.adapter.config import ModelShape
 from bita_vllm.config import BitaSettings
 from bita_vllm.runner.embedding import insert_mask_embedding
 from bita_vllm.runner.mask_lora import AddMaskLora, MaskRows, PackMaskLora, put_in_mask_lora

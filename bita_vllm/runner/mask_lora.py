@@ -27,8 +27,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.utils import get_packed_modules_mapping
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from bita_vllm.adapter import AdapterError
-from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.adapter.config import AdapterError
+from bita_vllm.adapter.deltas import MaskLoraWeights
 
 # (output, x, lora_a, lora_b, parts, *MaskRows.buffers()) -> None: bita_kernels.add_mask_lora
 AddMaskLora = Callable[..., None]

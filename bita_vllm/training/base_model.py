@@ -47,7 +47,7 @@ def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from bita_vllm.adapter import AdapterError
+    from bita_vllm.adapter.config import AdapterError
 
     device = choose_device(device)
     chosen = getattr(torch, choose_dtype(dtype, device))

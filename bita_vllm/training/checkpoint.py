@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from bita_vllm.adapter import AdapterError
-from bita_vllm.adapter_config import first_line
+from bita_vllm.adapter.config import AdapterError, first_line
 from bita_vllm.system.atomic_write import written_whole
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bita_vllm.training.base_model import DTYPES
 
 if TYPE_CHECKING:
-    from bita_vllm.adapter import AdapterConfig
+    from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.template_set import TemplateSet
     from bita_vllm.training.samples import Sample
 
@@ -73,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print; returns the exit code."""
-    from bita_vllm.adapter import AdapterError
+    from bita_vllm.adapter.config import AdapterError
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree import TemplateError
 
@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The result as `--json` prints it. Raises AdapterError, DataError or TemplateError."""
-    from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
+    from bita_vllm.adapter.checkpoint import resolve_adapter_dir
+    from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.training.base_model import (
         choose_device,
         choose_dtype,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bita_vllm.adapter import CONFIG_FILE, AdapterConfig, AdapterError
+from bita_vllm.adapter.config import CONFIG_FILE, AdapterConfig, AdapterError
 from bita_vllm.line_choice import LineChoice
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.template_set import TemplateSet, set_within

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from bita_vllm.adapter import Adapter, AdapterError, ModelShape, random_adapter
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter
+from bita_vllm.adapter.config import AdapterError, ModelShape
 from bita_vllm.training.mask_model import MaskModel
 
 

@@ -1,4 +1,4 @@
-"""Low-rank deltas for mask rows only, trainable; as an adapter holds them: bita_vllm/mask_lora.py."""
+"""Low-rank deltas for mask rows only, trainable; as an adapter holds them: bita_vllm/adapter/deltas.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bita_vllm.adapter import AdapterError
-from bita_vllm.mask_lora import MaskLoraWeights, layer_number
+from bita_vllm.adapter.config import AdapterError
+from bita_vllm.adapter.deltas import MaskLoraWeights, layer_number
 
 
 class MaskLora(nn.Module):

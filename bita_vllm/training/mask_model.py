@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from bita_vllm.adapter import Adapter, AdapterError, ModelShape
+from bita_vllm.adapter.checkpoint import Adapter
+from bita_vllm.adapter.config import AdapterError, ModelShape
 from bita_vllm.training.mask_attention import (
     ATTENTION_NAME,
     AttentionPass,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from bita_vllm.mask_lora import MaskLoraWeights
+    from bita_vllm.adapter.deltas import MaskLoraWeights
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +36,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the copy; returns the exit code."""
-    from bita_vllm.adapter import Adapter, AdapterError, resolve_adapter_dir, save_adapter
+    from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir, save_adapter
+    from bita_vllm.adapter.config import AdapterError
 
     try:
         adapter = Adapter.load(resolve_adapter_dir(args.adapter))

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     import torch
 
-    from bita_vllm.adapter import AdapterError
+    from bita_vllm.adapter.config import AdapterError
     from bita_vllm.training.base_model import choose_device
     from bita_vllm.training.distributed import Processes
     from bita_vllm.training.samples import DataError
@@ -136,7 +136,7 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
 
     import torch
 
-    from bita_vllm.adapter import AdapterConfig, AdapterError
+    from bita_vllm.adapter.config import AdapterConfig, AdapterError
     from bita_vllm.training.base_model import load_base, load_tokenizer
     from bita_vllm.training.distributed import shard_layers
     from bita_vllm.training.initial import new_model

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bita_vllm.adapter import save_adapter
+from bita_vllm.adapter.checkpoint import save_adapter
 from bita_vllm.training.batches import (
     IGNORED,
     BatchPlan,

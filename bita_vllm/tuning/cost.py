@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from bita_vllm.model_size import ModelSize
+from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.system.machine import DeviceSpeed
 
 # Of a GPU step, in seconds; assumptions that come to 0.7 ms for plain vLLM with an 8B model.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bita_vllm.adapter_config import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
 from bita_vllm.template_set import TemplateSet, templates_of
 from bita_vllm.tree import NO_BLOCK, TemplateTable

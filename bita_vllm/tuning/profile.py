@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bita_vllm.adapter_config import ModelShape
+from bita_vllm.adapter.config import ModelShape
 from bita_vllm.ladder import PLAIN_WIDTH, Ladder
 from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bita_vllm.training.base_model import DTYPES
 
 if TYPE_CHECKING:
-    from bita_vllm.adapter_config import AdapterConfig
+    from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.ladder import Ladder
     from bita_vllm.tuning.choose import Choice
     from bita_vllm.tuning.cost import Point
@@ -69,7 +69,7 @@ def _defaults(option: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Tune and print; returns the exit code."""
-    from bita_vllm.adapter import AdapterError
+    from bita_vllm.adapter.config import AdapterError
     from bita_vllm.ladder import LadderError
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree import TemplateError
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
 def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     """The ladder, what it was chosen by, where it was saved. Raises what `run` prints."""
     from bita_vllm import config as bita_config
-    from bita_vllm.adapter import AdapterConfig, resolve_adapter_dir
+    from bita_vllm.adapter.checkpoint import resolve_adapter_dir
+    from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.ladder import LADDER_FILE
     from bita_vllm.template_set import saved_sets
     from bita_vllm.training.base_model import choose_dtype

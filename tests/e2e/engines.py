@@ -29,8 +29,9 @@ from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.v1.executor import multiproc_executor
 
 from bita_vllm import config as bita_config
-from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
-from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
+from bita_vllm.adapter.config import ModelShape
+from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.training.mask_lora import MaskLora
 
 # `pytest --runner gpu`: vLLM's V2 runner, through Triton's interpreter (v2_on_cpu.py)

@@ -15,7 +15,7 @@ from naive_decoder import decode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
-from bita_vllm.adapter import Adapter
+from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.tree import Template, TemplateTable
 
 VOCAB_SIZE = 12

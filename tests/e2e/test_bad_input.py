@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
+from bita_vllm.adapter.config import ModelShape
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from vllm import SamplingParams
 from vllm.config import CompilationMode
 
-from bita_vllm.adapter import Adapter, save_adapter
+from bita_vllm.adapter.checkpoint import Adapter, save_adapter
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,7 +21,7 @@ from e2e.engines import ON_GPU_RUNNER, engine, make_adapter
 from e2e.servers import Server, running_server
 from vllm import SamplingParams
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.training.evaluate import save_acceptance
 from bita_vllm.tree import Template

@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.attention import gpu
 from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.runner import gpu as gpu_runner

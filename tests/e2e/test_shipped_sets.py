@@ -18,7 +18,7 @@ from e2e.inspection import known, oracle, recorded_steps
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.ladder import Ladder
 from bita_vllm.scheduler import _BlockScheduler
 from bita_vllm.template_set import saved_sets

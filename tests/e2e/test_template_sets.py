@@ -13,7 +13,7 @@ from e2e.inspection import recorded_steps
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.ladder import Ladder
 from bita_vllm.template_set import TemplateSet
 from bita_vllm.training.evaluate import answer_predictions, chosen_lengths

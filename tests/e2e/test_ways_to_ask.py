@@ -9,7 +9,8 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from bita_vllm import plugin
-from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
+from bita_vllm.adapter.config import ModelShape
 from bita_vllm.config import get_settings
 
 plugin.register()

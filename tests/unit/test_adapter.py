@@ -12,15 +12,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from bita_vllm.adapter import (
-    Adapter,
-    AdapterConfig,
-    AdapterError,
-    ModelShape,
-    random_adapter,
-    resolve_adapter_dir,
-    save_adapter,
-)
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter, resolve_adapter_dir, save_adapter
+from bita_vllm.adapter.config import AdapterConfig, AdapterError, ModelShape
 
 SHAPE = ModelShape(num_layers=2, hidden_size=32, num_kv_heads=2, head_size=8, vocab_size=100)
 SHIPPED = Path(__file__).parents[2] / "adapters"
@@ -178,7 +171,7 @@ def test_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.Mon
     def fail(*args: Any, **kwargs: Any) -> bytes:
         raise OSError("disk full")
 
-    monkeypatch.setattr("bita_vllm.adapter.save", fail)
+    monkeypatch.setattr("bita_vllm.adapter.checkpoint.save", fail)
     assert_refused(lambda: save_adapter(saved, make_adapter(num_prompt=7)), saved, "disk full")
     assert Adapter.load(saved).config.num_prompt_tokens == 4
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, random_adapter, save_adapter
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter, save_adapter
+from bita_vllm.adapter.config import AdapterConfig, ModelShape
+from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.ladder import LADDER_FILE, Ladder
-from bita_vllm.mask_lora import MaskLoraWeights
 from bita_vllm.system.atomic_write import write_bytes, write_csv
 from bita_vllm.training.checkpoint import save_checkpoint
 from bita_vllm.training.curves import Curve

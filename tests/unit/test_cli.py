@@ -12,8 +12,9 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform, PlatformEnum, UnspecifiedPlatform
 
 from bita_vllm import cli, config, doctor, patches
-from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
-from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
+from bita_vllm.adapter.config import ModelShape
+from bita_vllm.adapter.deltas import MaskLoraWeights
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,11 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import config as bita_config
 from bita_vllm import default_rows, plugin, row_options
-from bita_vllm.adapter import ModelShape, random_adapter, save_adapter
+from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
+from bita_vllm.adapter.config import ModelShape
+from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.config import check_engine, get_settings
 from bita_vllm.ladder import LADDER_FILE, Ladder
-from bita_vllm.mask_lora import MaskLoraWeights
 from bita_vllm.system.machine import cpu_name
 from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template

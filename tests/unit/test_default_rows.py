@@ -9,9 +9,9 @@ import pytest
 from vllm.utils.import_utils import import_pynvml
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
+from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.default_rows import GPU_BUDGETS, UNKNOWN_GPU, Machine, default_ladder
-from bita_vllm.model_size import ModelSize
 from bita_vllm.system.machine import DeviceSpeed, gpu_speed
 from bita_vllm.tuning.cost import Roofline
 from bita_vllm.tuning.online import policy_of

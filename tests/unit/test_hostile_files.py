@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tiny_model
 
-from bita_vllm.adapter import Adapter
-from bita_vllm.adapter_config import AdapterConfig, AdapterError
+from bita_vllm.adapter.checkpoint import Adapter
+from bita_vllm.adapter.config import AdapterConfig, AdapterError
 from bita_vllm.ladder import Ladder, LadderError
 from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.tree import Template, TemplateError

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bita_vllm.adapter import Adapter, AdapterError, ModelShape, random_adapter, save_adapter
-from bita_vllm.mask_lora import CONFIG_FILE, WEIGHTS_FILE, MaskLoraWeights
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter, save_adapter
+from bita_vllm.adapter.config import AdapterError, ModelShape
+from bita_vllm.adapter.deltas import CONFIG_FILE, WEIGHTS_FILE, MaskLoraWeights
 
 RANK, IN, OUT = 4, 32, 48
 SIZES = {"q_proj": (IN, OUT), "down_proj": (OUT, IN)}

@@ -15,8 +15,8 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm.model_executor.models.utils import WeightsMapper
 
-from bita_vllm.adapter import AdapterError
-from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.adapter.config import AdapterError
+from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.runner.gpu_mask_lora import CountedMaskRows
 from bita_vllm.runner.mask_lora import (
     MaskLoraMethod,

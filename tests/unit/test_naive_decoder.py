@@ -13,7 +13,8 @@ from naive_decoder import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bita_vllm.adapter import Adapter, ModelShape, random_adapter
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter
+from bita_vllm.adapter.config import ModelShape
 
 LIKELY_TOKENS = 6  # few enough that a top-5 guess is often right
 

@@ -11,7 +11,8 @@ from naive_decoder import decode
 from transformers import AutoModelForCausalLM
 
 from bita_vllm import cli
-from bita_vllm.adapter import Adapter, AdapterConfig, ModelShape, random_adapter, save_adapter
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter, save_adapter
+from bita_vllm.adapter.config import AdapterConfig, ModelShape
 from bita_vllm.training.evaluate import (
     NUM_RANKS,
     acceptance_statistics,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bita_vllm.adapter import AdapterError
+from bita_vllm.adapter.config import AdapterError
 from bita_vllm.training.mask_lora import MaskLora
 
 

@@ -9,7 +9,8 @@ import torch
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from bita_vllm.adapter import AdapterError, ModelShape, random_adapter
+from bita_vllm.adapter.checkpoint import random_adapter
+from bita_vllm.adapter.config import AdapterError, ModelShape
 from bita_vllm.training import mask_attention, mask_flex
 from bita_vllm.training.batches import IGNORED, MaskBatch
 from bita_vllm.training.loss import mask_loss

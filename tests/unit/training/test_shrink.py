@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bita_vllm import cli
-from bita_vllm.adapter import Adapter, ModelShape, random_adapter, save_adapter
-from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.adapter.checkpoint import Adapter, random_adapter, save_adapter
+from bita_vllm.adapter.config import ModelShape
+from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.training.shrink_command import shrink
 
 SHAPE = ModelShape(num_layers=2, hidden_size=32, num_kv_heads=2, head_size=8, vocab_size=100)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bita_vllm.adapter import Adapter, AdapterError
+from bita_vllm.adapter.checkpoint import Adapter
+from bita_vllm.adapter.config import AdapterError
 from bita_vllm.training import mask_attention, mask_flex
 from bita_vllm.training.batches import IGNORED, BatchPlan, make_batch, usable_roots
 from bita_vllm.training.initial import new_model

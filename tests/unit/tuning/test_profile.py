@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bita_vllm.adapter_config import ModelShape
+from bita_vllm.adapter.config import ModelShape
 from bita_vllm.ladder import Ladder, LadderError
 from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template

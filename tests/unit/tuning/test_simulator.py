@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from recorded_ranks import recorded_predictions, recorded_ranks
 
-from bita_vllm.adapter import AdapterConfig
+from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.ladder import Ladder
 from bita_vllm.template_set import saved_sets, sets_of_one
 from bita_vllm.training.evaluate import (

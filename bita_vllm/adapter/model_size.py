@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bita_vllm.adapter_config import ModelShape
+from bita_vllm.adapter.config import ModelShape
 
 MLP_MATRICES = 3  # gate, up and down; an MLP without a gate is taken for a third too large
 

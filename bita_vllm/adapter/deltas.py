@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from bita_vllm.adapter_config import AdapterError, first_line
+from bita_vllm.adapter.config import AdapterError, first_line
 from bita_vllm.system.atomic_write import written_whole
 from bita_vllm.system.file_schemas import LoraSchema, SchemaError, check, read_json
 

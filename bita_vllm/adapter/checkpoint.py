@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bita_vllm.adapter_config import (
+from bita_vllm.adapter.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
@@ -27,7 +27,7 @@ from bita_vllm.adapter_config import (
     ModelShape,
     first_line,
 )
-from bita_vllm.mask_lora import MaskLoraWeights
+from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.system.atomic_write import written_whole
 
 __all__ = [
