@@ -24,7 +24,7 @@ from step_model import DEVICES, IMPLEMENTATIONS, MODELS, PerformanceModel
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.default_rows import Machine, default_ladder
-from bita_vllm.ladder import Ladder
+from bita_vllm.tree.ladder import Ladder
 
 ROWS = (1, 3, 4, 5, 8, 16, 24, 52)
 REQUESTS = (1, 8, 32, 128)

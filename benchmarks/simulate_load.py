@@ -19,11 +19,11 @@ from cpu_throughput import RESULTS, ROOT, rounded, table
 from provenance import provenance
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet, saved_sets
 from bita_vllm.training.evaluate import Predictions, acceptance_statistics
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import TemplateSet, saved_sets
 from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import H100_8B
 from bita_vllm.tuning.simulator import simulate, synthetic_traces

@@ -33,7 +33,7 @@ from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import read_samples
 from bita_vllm.training.train_command import make_trainer
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import best_template
+from bita_vllm.tree.search import best_template
 
 # Rows of a step: sequences x groups x masks, 192 in all of them.
 BASE = {"--batch-size": "1", "--groups": "64", "--warmup": "4"}

@@ -28,12 +28,12 @@ from bita_vllm import __version__
 from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
 from bita_vllm.adapter.config import AdapterConfig, ModelShape
 from bita_vllm.default_rows import Machine, default_ladder
-from bita_vllm.ladder import Ladder, ranges_of
 from bita_vllm.row_options import ConfigError, choose_ladder
 from bita_vllm.system.machine import cpu_name
-from bita_vllm.template_set import templates_of
 from bita_vllm.token_budget import within_budget
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder, ranges_of
+from bita_vllm.tree.template_set import templates_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -16,10 +16,10 @@ from vllm.logger import init_logger
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.adapter.model_size import ModelSize
-from bita_vllm.ladder import Ladder, ranges_of
 from bita_vllm.system.machine import DeviceSpeed, gpu_speed, is_plain_avx2, num_cores
-from bita_vllm.template_set import saved_sets
-from bita_vllm.tree_search import MIN_ROWS, acceptance_table
+from bita_vllm.tree.ladder import Ladder, ranges_of
+from bita_vllm.tree.search import MIN_ROWS, acceptance_table
+from bita_vllm.tree.template_set import saved_sets
 from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import Roofline, RowCost, StepCost
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bita_vllm.ladder import PLAIN_WIDTH
+from bita_vllm.tree.ladder import PLAIN_WIDTH
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

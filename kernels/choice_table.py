@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class ChoiceTable:
-    """The choice of `bita_vllm.line_choice`, laid out for a kernel.
+    """The choice of `bita_vllm.tree.choice`, laid out for a kernel.
 
         promise of a line = sum over its nodes of weight * product over the node and its ancestors of P(candidate)
 
@@ -31,7 +31,7 @@ class ChoiceTable:
 
     @classmethod
     def of(cls, choice: Any, max_rank: int, device: torch.device | str) -> ChoiceTable:
-        """Copy a `bita_vllm.line_choice.LineChoice` to the device; `max_rank` is the tree table's."""
+        """Copy a `bita_vllm.tree.choice.LineChoice` to the device; `max_rank` is the tree table's."""
         own = torch.where(choice.is_draft, choice.place * max_rank + choice.rank, -1)
         places = [own, *(own.gather(1, ancestor) for ancestor in choice.ancestors)]
         return cls(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from bita_vllm.training.evaluate import NUM_RANKS, Predictions
-from bita_vllm.training.walk import NO_RANK
+from bita_vllm.tree.replay import NO_RANK
 
 K = 3
 

@@ -27,10 +27,10 @@ from bita_kernels.tree_table import TreeTable
 from kernel_cases import Case, Shape
 from kernel_providers import attention_config, with_our_arguments
 
-from bita_vllm.line_choice import LineChoice
-from bita_vllm.template_set import sets_of_one, templates_of
 from bita_vllm.tree import Template, TemplateTable
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.choice import LineChoice
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import sets_of_one, templates_of
 
 REQUESTS, VOCAB_SIZE = 3, 1000
 TREES = ([1], [2, 1], [5, 4, 3])

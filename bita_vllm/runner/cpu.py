@@ -27,8 +27,6 @@ from bita_vllm.attention.cpu import (
     TreeMetadata,
 )
 from bita_vllm.config import DrafterSeat, get_settings
-from bita_vllm.ladder import PLAIN_WIDTH
-from bita_vllm.line_choice import LineChoice
 from bita_vllm.runner.block_form import block_form, plain_config
 from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import (
@@ -42,7 +40,9 @@ from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.reload_cpu import renewed_products
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.tree import NO_BLOCK, TemplateTable
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.choice import LineChoice
+from bita_vllm.tree.ladder import PLAIN_WIDTH
+from bita_vllm.tree.search import acceptance_table
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput

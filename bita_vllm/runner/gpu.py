@@ -54,7 +54,7 @@ from bita_vllm.runner.loading import (
     replaced,
 )
 from bita_vllm.runner.mask_lora import in_dtype
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.search import acceptance_table
 
 
 class BitaGPUWorker(Worker):

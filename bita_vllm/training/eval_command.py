@@ -13,8 +13,8 @@ from bita_vllm.training.base_model import DTYPES
 
 if TYPE_CHECKING:
     from bita_vllm.adapter.config import AdapterConfig
-    from bita_vllm.template_set import TemplateSet
     from bita_vllm.training.samples import Sample
+    from bita_vllm.tree.template_set import TemplateSet
 
 DEFAULT_TREES = ("1,1,1", "5,4,3", "auto")
 SHOWN_RANKS = (1, 2, 3, 5, 10)
@@ -116,7 +116,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
     from bita_vllm.training.set_search import find_sets
-    from bita_vllm.tree_search import acceptance_table
+    from bita_vllm.tree.search import acceptance_table
     from bita_vllm.tuning.choose import BUDGETS
 
     limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
@@ -241,9 +241,9 @@ def _engine_row(
 ) -> dict[str, Any]:
     """Accepted length in the engine; `same_answers` counts answers that came out token for token as
     they were known, `same_steps` those of them that took as many steps as the simulation says."""
-    from bita_vllm.ladder import Ladder
     from bita_vllm.training.base_model import start_engine
     from bita_vllm.training.engine_lengths import engine_answers
+    from bita_vllm.tree.ladder import Ladder
 
     longest = max(len(s.prompt_ids) + len(s.answer_ids) for s in samples)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from bita_vllm.adapter.config import CONFIG_FILE, AdapterConfig, AdapterError
-from bita_vllm.line_choice import LineChoice
 from bita_vllm.system.atomic_write import write_text
-from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample
-from bita_vllm.training.walk import NO_RANK, Sources, TreeWalker
 from bita_vllm.tree import Template, TemplateError, TemplateTable
+from bita_vllm.tree.choice import LineChoice
+from bita_vllm.tree.replay import NO_RANK, Sources, TreeWalker
+from bita_vllm.tree.template_set import TemplateSet, set_within
 
 AUTO = "auto"
 NUM_RANKS = 10

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.training.evaluate import Predictions, accepted_lengths, chosen_lengths
-from bita_vllm.training.walk import Sources, TreeWalker
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import Draft, acceptance_table, best_templates, padded_drafts
-from bita_vllm.tuning.process import promise_weight, state_values
+from bita_vllm.tree.markov import promise_weight, state_values
+from bita_vllm.tree.replay import Sources, TreeWalker
+from bita_vllm.tree.search import Draft, acceptance_table, best_templates, padded_drafts
+from bita_vllm.tree.template_set import TemplateSet
 
 MIN_TOKENS = 4000  # of answers
 NUM_TEMPLATES = 8

@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bita_vllm.adapter.config import ModelShape
-from bita_vllm.ladder import PLAIN_WIDTH, Ladder
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder
+from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.cost import Point
 from bita_vllm.tuning.timing import Round, StepTime, compare_with_plain, min_rounds
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bita_vllm.ladder import PLAIN_WIDTH
+from bita_vllm.tree.ladder import PLAIN_WIDTH
 
 CONFIDENCE = 0.95
 # CPU seconds a second of wall time that a step may lack beside the best steps of its kind: with less, a neighbour

@@ -15,7 +15,7 @@ from bita_vllm.training.base_model import DTYPES
 
 if TYPE_CHECKING:
     from bita_vllm.adapter.config import AdapterConfig
-    from bita_vllm.ladder import Ladder
+    from bita_vllm.tree.ladder import Ladder
     from bita_vllm.tuning.choose import Choice
     from bita_vllm.tuning.cost import Point
 
@@ -70,9 +70,9 @@ def _defaults(option: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Tune and print; returns the exit code."""
     from bita_vllm.adapter.config import AdapterError
-    from bita_vllm.ladder import LadderError
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree import TemplateError
+    from bita_vllm.tree.ladder import LadderError
     from bita_vllm.tuning.cost import CostError
 
     try:
@@ -90,13 +90,13 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm import config as bita_config
     from bita_vllm.adapter.checkpoint import resolve_adapter_dir
     from bita_vllm.adapter.config import AdapterConfig
-    from bita_vllm.ladder import LADDER_FILE
-    from bita_vllm.template_set import saved_sets
     from bita_vllm.training.base_model import choose_dtype
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError
-    from bita_vllm.tree_search import MIN_ROWS, acceptance_table
+    from bita_vllm.tree.ladder import LADDER_FILE
+    from bita_vllm.tree.search import MIN_ROWS, acceptance_table
+    from bita_vllm.tree.template_set import saved_sets
     from bita_vllm.tuning.choose import choose_ladder
     from bita_vllm.tuning.cost import MeasuredCost
 
@@ -153,7 +153,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
 
 def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Point] | None:
     """What was timed for the ladder in that file, if it was timed on the same."""
-    from bita_vllm.ladder import Ladder, LadderError, LadderVersionError
+    from bita_vllm.tree.ladder import Ladder, LadderError, LadderVersionError
     from bita_vllm.tuning.cost import Point
 
     if not path.is_file():
@@ -179,7 +179,7 @@ def _profile(
 ) -> list[Point]:
     """Every point, from an engine of its own."""
     from bita_vllm.training.base_model import start_engine
-    from bita_vllm.tree_search import best_templates
+    from bita_vllm.tree.search import best_templates
     from bita_vllm.tuning.profile import (
         graph_sizes,
         kv_cache_bytes,

@@ -22,9 +22,9 @@ from e2e.servers import Server, running_server
 from vllm import SamplingParams
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.training.evaluate import save_acceptance
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
 
 pytestmark = [
     pytest.mark.slow,

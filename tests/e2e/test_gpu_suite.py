@@ -11,7 +11,7 @@ from e2e.engines import ON_GPU_RUNNER
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from gpu.requests import KINDS
 
-from bita_vllm.ladder import Ladder
+from bita_vllm.tree.ladder import Ladder
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -26,10 +26,10 @@ from e2e.engines import (
 from e2e.inspection import StepRecord, known, oracle, recorded_steps
 from vllm import SamplingParams
 
-from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.scheduler import BitaScheduler, depth_of_line
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree.template_set import sets_of_one
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 VOCAB_SIZE = 64

@@ -12,9 +12,9 @@ import pytest
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
 from vllm import SamplingParams
 
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import TemplateSet
 
 pytestmark = [
     pytest.mark.slow,

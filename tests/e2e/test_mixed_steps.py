@@ -28,12 +28,12 @@ from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.attention import gpu
-from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.runner import gpu as gpu_runner
 from bita_vllm.runner import gpu_mask_lora
 from bita_vllm.runner.loading import attention_backend
-from bita_vllm.template_set import TemplateSet, saved_sets, sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree.template_set import TemplateSet, saved_sets, sets_of_one
 
 pytestmark = [
     pytest.mark.slow,

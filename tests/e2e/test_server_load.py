@@ -18,9 +18,9 @@ from e2e.engines import NEAR_TIE, ON_GPU_RUNNER, differences, engine, make_adapt
 from e2e.servers import Server, parse_metrics, running_server
 from vllm import SamplingParams
 
-from bita_vllm.ladder import LADDER_FILE, Ladder
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree.template_set import sets_of_one
 
 pytestmark = [
     pytest.mark.slow,

@@ -19,10 +19,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.ladder import Ladder
 from bita_vllm.scheduler import _BlockScheduler
-from bita_vllm.template_set import saved_sets
 from bita_vllm.tree import TemplateTable
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import saved_sets
 
 pytestmark = pytest.mark.slow
 ADAPTERS = Path(__file__).parents[2] / "adapters"

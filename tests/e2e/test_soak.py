@@ -12,9 +12,9 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from soak import faults, rows_of, soak, table
 from soak_requests import MIX, count_by_kind, requests
 
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import sets_of_one
 
 pytestmark = [
     pytest.mark.slow,

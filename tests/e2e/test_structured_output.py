@@ -17,9 +17,9 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet, saved_sets
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import TemplateSet, saved_sets
 
 pytestmark = pytest.mark.slow
 NUM_SCHEMAS = 50

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.training.evaluate import answer_predictions, chosen_lengths
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample
 from bita_vllm.tree import Template, TemplateTable
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import TemplateSet
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 VOCAB_SIZE = 12  # so small that random drafts are often right

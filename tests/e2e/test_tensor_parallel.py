@@ -23,9 +23,9 @@ from e2e.inspection import (
 )
 from vllm import LLM, SamplingParams
 
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import TemplateSet
 
 NUM_RANKS, NUM_MASKS = 2, 3
 OPTIONS = {

@@ -13,8 +13,8 @@ from e2e.engines import ON_GPU_RUNNER, in_this_process, make_adapter, torch_thre
 from vllm.platforms.cpu import CpuPlatform
 
 from bita_vllm import cli
-from bita_vllm.ladder import LADDER_FILE, Ladder
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tuning import profile
 from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import MeasuredCost

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import int32, templates
 
-from bita_vllm.line_choice import LineChoice, probabilities_of
 from bita_vllm.runner.blocks import NextBlocks
-from bita_vllm.template_set import TemplateSet, sets_of_one, templates_of
 from bita_vllm.tree import Template, TemplateTable
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.choice import LineChoice, probabilities_of
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import TemplateSet, sets_of_one, templates_of
 
 POISON = -7
 ACCEPTANCE = acceptance_table(None, 5)

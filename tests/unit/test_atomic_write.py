@@ -14,7 +14,6 @@ import torch
 from bita_vllm.adapter.checkpoint import Adapter, random_adapter, save_adapter
 from bita_vllm.adapter.config import AdapterConfig, ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
-from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.system.atomic_write import write_bytes, write_csv
 from bita_vllm.training.checkpoint import save_checkpoint
 from bita_vllm.training.curves import Curve
@@ -22,6 +21,7 @@ from bita_vllm.training.eval_command import _write_csv
 from bita_vllm.training.evaluate import save_acceptance
 from bita_vllm.training.samples import Sample, SampleWriter, read_samples
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
 
 SHAPE = ModelShape(num_layers=2, hidden_size=64, num_kv_heads=2, head_size=32, vocab_size=512)
 LIMIT = 150  # bytes of a file; all that is written here is longer

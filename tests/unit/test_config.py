@@ -25,10 +25,10 @@ from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.config import check_engine, get_settings
-from bita_vllm.ladder import LADDER_FILE, Ladder
 from bita_vllm.system.machine import cpu_name
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree.template_set import sets_of_one
 
 plugin.register()
 

@@ -11,9 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bita_vllm.runner import gpu_targets
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_trees import StepTrees
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import sets_of_one
 
 VOCAB_SIZE, NUM_REQUESTS = 64, 3
 ROW_BYTES = VOCAB_SIZE * 4

@@ -13,9 +13,9 @@ from bita_vllm.runner.gpu_speculator import parts_of, rows_in_one_pass
 from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.mask_lora import MaskRows
 from bita_vllm.system.machine import DeviceSpeed
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import TemplateSet
 
 MAX_REQUESTS = 5
 

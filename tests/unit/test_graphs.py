@@ -11,10 +11,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from bita_vllm import graphs
-from bita_vllm.ladder import Ladder
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
-from bita_vllm.template_set import sets_of_one
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.cost import MeasuredCost
 from bita_vllm.tuning.online import WidthPolicy
 from bita_vllm.tuning.profile import graph_sizes, profile_ladder

@@ -24,9 +24,9 @@ from tiny_models import make_tiny_model
 
 from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import AdapterConfig, AdapterError
-from bita_vllm.ladder import Ladder, LadderError
-from bita_vllm.template_set import TemplateSet, set_within
 from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tree.ladder import Ladder, LadderError
+from bita_vllm.tree.template_set import TemplateSet, set_within
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "adapters" / "smollm2-135m-instruct"

@@ -5,9 +5,9 @@ import json
 import pytest
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from bita_vllm.ladder import LADDER_FILE, Ladder, LadderError
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import LADDER_FILE, Ladder, LadderError
+from bita_vllm.tree.template_set import TemplateSet
 
 CHAIN = Template.from_widths([1], 1)  # 4 rows
 WIDE = Template.from_widths([2, 1], 2)  # 12 rows

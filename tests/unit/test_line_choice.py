@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from bita_vllm.line_choice import LineChoice, probabilities_of
-from bita_vllm.template_set import TemplateSet
 from bita_vllm.tree import Template, TemplateTable
-from bita_vllm.tree_search import Draft, acceptance_table, padded_drafts
-from bita_vllm.tuning.process import state_values
+from bita_vllm.tree.choice import LineChoice, probabilities_of
+from bita_vllm.tree.markov import state_values
+from bita_vllm.tree.search import Draft, acceptance_table, padded_drafts
+from bita_vllm.tree.template_set import TemplateSet
 
 K, RANKS = 3, 10
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bita_vllm.tree import Template, TemplateError
-from bita_vllm.tree_search import (
+from bita_vllm.tree.search import (
     acceptance_table,
     best_template,
     best_templates,

@@ -26,9 +26,9 @@ from bita_vllm.training.evaluate import (
 )
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample, SampleWriter
-from bita_vllm.training.walk import NO_RANK, TreeWalker
 from bita_vllm.tree import Template, TemplateError
-from bita_vllm.tree_search import best_template
+from bita_vllm.tree.replay import NO_RANK, TreeWalker
+from bita_vllm.tree.search import best_template
 
 VOCAB_SIZE = 12  # so small that random drafts are often right
 K = 3

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from two_kinds import K, predictions
 
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet, saved_sets, set_within
 from bita_vllm.training.evaluate import (
     Predictions,
     acceptance_statistics,
@@ -14,7 +12,9 @@ from bita_vllm.training.evaluate import (
 )
 from bita_vllm.training.set_search import find_set, find_sets
 from bita_vllm.tree import Template, TemplateError
-from bita_vllm.tree_search import acceptance_table, best_template
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.search import acceptance_table, best_template
+from bita_vllm.tree.template_set import TemplateSet, saved_sets, set_within
 
 
 def mean(lengths):

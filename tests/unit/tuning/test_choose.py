@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bita_vllm.tree_search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
 from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import H100_8B, CostError, MeasuredCost, Roofline
 

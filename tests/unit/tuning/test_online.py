@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from two_kinds import predictions
 
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import TemplateSet, sets_of_one
 from bita_vllm.training.evaluate import (
     acceptance_statistics,
     accepted_lengths,
     template_choice,
 )
 from bita_vllm.training.set_search import find_set
-from bita_vllm.training.walk import TreeWalker
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.replay import TreeWalker
+from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.template_set import TemplateSet, sets_of_one
 from bita_vllm.tuning import accounts
 from bita_vllm.tuning.choose import PLAIN, choose_ladder
 from bita_vllm.tuning.cost import H100_8B, MeasuredCost

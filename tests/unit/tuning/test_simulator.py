@@ -7,8 +7,6 @@ import pytest
 from recorded_ranks import recorded_predictions, recorded_ranks
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.ladder import Ladder
-from bita_vllm.template_set import saved_sets, sets_of_one
 from bita_vllm.training.evaluate import (
     Predictions,
     acceptance_statistics,
@@ -17,7 +15,9 @@ from bita_vllm.training.evaluate import (
     mask_accuracy,
 )
 from bita_vllm.tree import Template
-from bita_vllm.tree_search import acceptance_table
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import saved_sets, sets_of_one
 from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import H100_8B, MeasuredCost
 from bita_vllm.tuning.simulator import simulate, synthetic_traces

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree.template import Template, TemplateTable
 
 NO_RANK = np.iinfo(np.int32).max  # of a token that lies behind the answer's end
 

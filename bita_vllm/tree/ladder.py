@@ -18,8 +18,8 @@ import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.system.file_schemas import LadderSchema, check, read_json, shortened
-from bita_vllm.template_set import TemplateSet
-from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tree.template import Template, TemplateError
+from bita_vllm.tree.template_set import TemplateSet
 
 LADDER_FILE = "ladder.json"  # beside the adapter's config
 FORMAT_VERSION = 2

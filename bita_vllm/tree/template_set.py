@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bita_vllm.system.file_schemas import AcceptanceSchema, TemplateSetSchema, check
-from bita_vllm.tree import Template, TemplateError
-from bita_vllm.tree_search import best_template
+from bita_vllm.tree.search import best_template
+from bita_vllm.tree.template import Template, TemplateError
 
 MAX_TEMPLATES = 16
 

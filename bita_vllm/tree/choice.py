@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from bita_vllm.template_set import TemplateSet, templates_of
-from bita_vllm.tree import TemplateTable
-from bita_vllm.tree_search import Draft, padded_drafts
-from bita_vllm.tuning.process import promise_weight, state_values
+from bita_vllm.tree.markov import promise_weight, state_values
+from bita_vllm.tree.search import Draft, padded_drafts
+from bita_vllm.tree.template import TemplateTable
+from bita_vllm.tree.template_set import TemplateSet, templates_of
 
 
 class LineChoice:

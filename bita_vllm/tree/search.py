@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bita_vllm.tree import Template, TemplateError
-from bita_vllm.tuning.process import Drafts, LongRun, long_run
+from bita_vllm.tree.markov import Drafts, LongRun, long_run
+from bita_vllm.tree.template import Template, TemplateError
 
 # P(rank r of mask j is the token | the tokens before it were accepted), [k][ranks], for adapters that
 # bring no statistics. Not measured rank by rank: chosen so that the lengths measured for the first
