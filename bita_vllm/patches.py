@@ -64,7 +64,8 @@ def _create_speculative_config(original: Function, self: Any, *args: Any, **kwar
 
 def _create_engine_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     vllm_config = original(self, *args, **kwargs)
-    from bita_vllm import config, graphs
+    from bita_vllm import config
+    from bita_vllm.step import graphs
 
     settings = config.get_settings(vllm_config)
     if settings is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
+from bita_vllm.step.host import NO_BLOCK, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 MAX_RANK = 6

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from bita_vllm.runner.blocks import StepBlocks
+from bita_vllm.step.host import StepBlocks
 
 
 class TreeMetadata:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     # it does not import everywhere
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-    from bita_vllm.runner.gpu_trees import StepTrees
+    from bita_vllm.step.device import StepTrees
 
 
 class TreeTritonAttentionBackend(TritonAttentionBackend):

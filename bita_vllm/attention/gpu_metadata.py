@@ -31,7 +31,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 if TYPE_CHECKING:  # it does not import everywhere
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
-    from bita_vllm.runner.gpu_trees import StepTrees
+    from bita_vllm.step.device import StepTrees
 
 ALIGNED = 4  # int32 numbers in 16 bytes
 

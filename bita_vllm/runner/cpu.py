@@ -28,7 +28,6 @@ from bita_vllm.attention.cpu import (
 )
 from bita_vllm.config import DrafterSeat, get_settings
 from bita_vllm.runner.block_form import block_form, plain_config
-from bita_vllm.runner.blocks import NextBlocks, StepBlocks, Walk
 from bita_vllm.runner.linear_cpu import (
     blocks_gain,
     cpu_gains,
@@ -39,6 +38,7 @@ from bita_vllm.runner.linear_cpu import (
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
 from bita_vllm.runner.reload_cpu import renewed_products
 from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
+from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.ladder import PLAIN_WIDTH

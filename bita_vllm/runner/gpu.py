@@ -46,7 +46,6 @@ from bita_vllm.runner.gpu_graphs import WidthGraphManager
 from bita_vllm.runner.gpu_mask_lora import CountedMaskRows, add_mask_lora_to_blocks
 from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of, rows_in_one_pass
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
-from bita_vllm.runner.gpu_trees import StepTrees
 from bita_vllm.runner.loading import (
     attention_backend,
     keep_through_sleep,
@@ -54,6 +53,7 @@ from bita_vllm.runner.loading import (
     replaced,
 )
 from bita_vllm.runner.mask_lora import in_dtype
+from bita_vllm.step.device import StepTrees
 from bita_vllm.tree.search import acceptance_table
 
 

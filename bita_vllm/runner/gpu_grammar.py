@@ -16,7 +16,7 @@ from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.step.device import StepTrees
 from bita_vllm.tree import Template
 
 

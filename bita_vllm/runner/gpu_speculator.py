@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.step.device import StepTrees
 from bita_vllm.system.machine import DeviceSpeed
 
 # Slices of int32 buffers that begin at a multiple of it are aligned to 16 bytes: Triton compiles for others anew.

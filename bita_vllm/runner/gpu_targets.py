@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.step.device import StepTrees
 
 
 @dataclass

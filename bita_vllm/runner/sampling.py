@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
-    from bita_vllm.runner.blocks import StepBlocks
+    from bita_vllm.step.host import StepBlocks
 
 
 def constrain_nodes(

@@ -248,8 +248,8 @@ class _Candidates:
 
 
 def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
-    from bita_vllm.runner.blocks import NextBlocks
     from bita_vllm.runner.cpu import BitaCPUModelRunner
+    from bita_vllm.step.host import NextBlocks
 
     next_candidates = _Candidates()
     runners: list[BitaCPUModelRunner] = []

@@ -76,7 +76,7 @@ def _inside(context: Callable[[], Any], function: Callable[..., Any]) -> Callabl
 def counted_launches(model: torch.nn.Module) -> Iterator[Launches]:
     """Steps of the V2 runner inside, plain or bita; `model` is the runner's."""
     from bita_vllm.runner.gpu import BitaGPUModelRunner, BlockSpeculator
-    from bita_vllm.runner.gpu_trees import StepTrees
+    from bita_vllm.step.device import StepTrees
 
     launches = Launches()
     execute, sample_tokens = v2.GPUModelRunner.execute_model, v2.GPUModelRunner.sample_tokens

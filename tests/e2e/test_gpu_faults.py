@@ -88,7 +88,7 @@ def test_batch_survives_aborts_and_a_full_cache(case):
 
 
 def test_an_error_in_the_walk_ends_the_engine_and_sends_no_wrong_token(case, monkeypatch):
-    from bita_vllm.runner.gpu_trees import StepTrees
+    from bita_vllm.step.device import StepTrees
 
     model, bita, plain = case
     walk, calls = StepTrees.walk, []

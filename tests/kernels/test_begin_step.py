@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import Step, int32, templates
 
-from bita_vllm.runner.blocks import StepBlocks
+from bita_vllm.step.host import StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 POISON = -7

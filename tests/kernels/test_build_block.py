@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import int32, templates
 
-from bita_vllm.runner.blocks import NextBlocks
+from bita_vllm.step.host import NextBlocks
 from bita_vllm.tree import Template, TemplateTable
 from bita_vllm.tree.choice import LineChoice, probabilities_of
 from bita_vllm.tree.search import acceptance_table

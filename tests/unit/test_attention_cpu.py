@@ -9,7 +9,7 @@ from bita_kernels.tree_attention_cpu_naive import tree_attention_cpu_naive
 from vllm import _custom_ops as ops
 
 from bita_vllm.attention.cpu import TreeMetadata
-from bita_vllm.runner.blocks import NO_BLOCK, StepBlocks
+from bita_vllm.step.host import NO_BLOCK, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 HEADS_KV, GROUP, P = 2, 3, 5

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bita_vllm.runner.blocks import NO_BLOCK, NextBlocks, StepBlocks
+from bita_vllm.step.host import NO_BLOCK, NextBlocks, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
 FIRST_MASK_ID = 1000

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bita_vllm.runner import gpu_targets
 from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
-from bita_vllm.runner.gpu_trees import StepTrees
+from bita_vllm.step.device import StepTrees
 from bita_vllm.tree import Template
 from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tree.template_set import sets_of_one

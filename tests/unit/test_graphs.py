@@ -10,8 +10,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu import cudagraph_utils
 
-from bita_vllm import graphs
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
+from bita_vllm.step import graphs
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.template_set import sets_of_one
