@@ -27,17 +27,17 @@ from bita_vllm.attention.cpu import (
     TreeMetadata,
 )
 from bita_vllm.config import DrafterSeat, get_settings
-from bita_vllm.runner.block_form import block_form, plain_config
-from bita_vllm.runner.linear_cpu import (
+from bita_vllm.runner.cpu_block_form import block_form, plain_config
+from bita_vllm.runner.cpu_linear import (
     blocks_gain,
     cpu_gains,
     multiply_packed,
     packing,
     renew_block_form,
 )
+from bita_vllm.runner.cpu_reload import renewed_products
+from bita_vllm.runner.cpu_sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
-from bita_vllm.runner.reload_cpu import renewed_products
-from bita_vllm.runner.sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree.choice import LineChoice

@@ -41,18 +41,18 @@ from bita_vllm.attention.plain import flash_attention
 from bita_vllm.attention.workspaces import SharedWorkspaces
 from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.default_rows import Machine
+from bita_vllm.runner.delta_layers import in_dtype
+from bita_vllm.runner.gpu_deltas import CountedMaskRows, add_mask_lora_to_blocks
 from bita_vllm.runner.gpu_grammar import NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
-from bita_vllm.runner.gpu_mask_lora import CountedMaskRows, add_mask_lora_to_blocks
+from bita_vllm.runner.gpu_sampling import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of, rows_in_one_pass
-from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
 from bita_vllm.runner.loading import (
     attention_backend,
     keep_through_sleep,
     put_in_adapter,
     replaced,
 )
-from bita_vllm.runner.mask_lora import in_dtype
 from bita_vllm.step.device import StepTrees
 from bita_vllm.tree.search import acceptance_table
 

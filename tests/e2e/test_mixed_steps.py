@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.warmup import warmup_kernels
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.attention import gpu
 from bita_vllm.runner import gpu as gpu_runner
-from bita_vllm.runner import gpu_mask_lora
+from bita_vllm.runner import gpu_deltas as gpu_mask_lora
 from bita_vllm.runner.loading import attention_backend
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
-from bita_vllm.runner import cpu, linear_cpu
+from bita_vllm.runner import cpu
+from bita_vllm.runner import cpu_linear as linear_cpu
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 OPTIONS = {"max_model_len": 128, "max_num_seqs": 4}

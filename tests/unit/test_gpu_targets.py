@@ -8,8 +8,8 @@ import torch
 from bita_kernels.extend_paths import extend_paths_naive
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bita_vllm.runner import gpu_targets
-from bita_vllm.runner.gpu_targets import NodeRows, TreeSampler
+from bita_vllm.runner import gpu_sampling as gpu_targets
+from bita_vllm.runner.gpu_sampling import NodeRows, TreeSampler
 from bita_vllm.step.device import StepTrees
 from bita_vllm.tree import Template
 from bita_vllm.tree.search import acceptance_table

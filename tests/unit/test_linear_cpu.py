@@ -14,7 +14,7 @@ from bita_kernels.linear_cpu_naive import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bita_vllm.runner import linear_cpu
+from bita_vllm.runner import cpu_linear as linear_cpu
 
 KERNELS = ["kernel", "twin"]
 

@@ -17,8 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from bita_vllm.adapter.config import AdapterError
 from bita_vllm.adapter.deltas import MaskLoraWeights
-from bita_vllm.runner.gpu_mask_lora import CountedMaskRows
-from bita_vllm.runner.mask_lora import (
+from bita_vllm.runner.delta_layers import (
     MaskLoraMethod,
     MaskRows,
     find_place,
@@ -26,6 +25,7 @@ from bita_vllm.runner.mask_lora import (
     layer_tensors,
     put_in_mask_lora,
 )
+from bita_vllm.runner.gpu_deltas import CountedMaskRows
 
 IN, RANK, SCALE = 24, 3, 2.0
 ROWS = 6

@@ -30,7 +30,7 @@ HOOKS = patches.PATCHES + patches.OVERRIDES + PLAIN_HOOKS
 SUBCLASSES = {
     "vllm.v1.outputs:AsyncModelRunnerOutput": "bita_vllm.runner.gpu:BlockOutput",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": "bita_vllm.runner.gpu_speculator:BlockSpeculator",
-    "vllm.model_executor.layers.linear:LinearMethodBase": "bita_vllm.runner.mask_lora:MaskLoraMethod",
+    "vllm.model_executor.layers.linear:LinearMethodBase": "bita_vllm.runner.delta_layers:MaskLoraMethod",
 }
 
 

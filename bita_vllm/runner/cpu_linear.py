@@ -28,8 +28,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from bita_vllm.runner.delta_layers import MaskLoraMethod
 from bita_vllm.runner.loading import replaced
-from bita_vllm.runner.mask_lora import MaskLoraMethod
 from bita_vllm.system.machine import is_plain_avx2
 
 logger = init_logger("vllm.bita")

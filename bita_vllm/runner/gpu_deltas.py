@@ -6,7 +6,7 @@ import torch
 from bita_kernels.add_mask_lora import add_mask_lora, make_arrivals
 from vllm.forward_context import get_forward_context
 
-from bita_vllm.runner.mask_lora import MaskRows, opaque_operation
+from bita_vllm.runner.delta_layers import MaskRows, opaque_operation
 
 
 class CountedMaskRows(MaskRows):
