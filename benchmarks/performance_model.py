@@ -7,7 +7,7 @@ from the kernels' own rules, programs and buffers of an SM from kernels_aot.csv.
 prefill and what the host does not hide are left out. Below 32 requests expect +-15%, above +-30%.
 
 Accepted lengths are the shipped adapters', of SmolLM2-135M; there is no adapter for a larger model yet. The arm
-`default` has the rows that serving takes without a ladder (`bita_vllm/default_rows.py`).
+`default` has the rows that serving takes without a ladder (`bita_vllm/scheduling/default_rows.py`).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from provenance import provenance
 from step_model import DEVICES, IMPLEMENTATIONS, MODELS, PerformanceModel
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.default_rows import Machine, default_ladder
+from bita_vllm.scheduling.default_rows import Machine, default_ladder
 from bita_vllm.tree.ladder import Ladder
 
 ROWS = (1, 3, 4, 5, 8, 16, 24, 52)

@@ -27,10 +27,10 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from bita_vllm import __version__
 from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
 from bita_vllm.adapter.config import AdapterConfig, ModelShape
-from bita_vllm.default_rows import Machine, default_ladder
-from bita_vllm.row_options import ConfigError, choose_ladder
+from bita_vllm.scheduling.default_rows import Machine, default_ladder
+from bita_vllm.scheduling.row_options import ConfigError, choose_ladder
+from bita_vllm.scheduling.token_budget import within_budget
 from bita_vllm.system.machine import cpu_name
-from bita_vllm.token_budget import within_budget
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder, ranges_of
 from bita_vllm.tree.template_set import templates_of
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 METHOD = "bita"
 CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
 GPU_WORKER_CLS = "bita_vllm.runner.gpu.BitaGPUWorker"
-SCHEDULER_CLS = "bita_vllm.scheduler.BitaScheduler"
-ASYNC_SCHEDULER_CLS = "bita_vllm.scheduler.BitaAsyncScheduler"
+SCHEDULER_CLS = "bita_vllm.scheduling.scheduler.BitaScheduler"
+ASYNC_SCHEDULER_CLS = "bita_vllm.scheduling.scheduler.BitaAsyncScheduler"
 # fp8 with one scale for all keys of a layer and one for all values: what tree attention reads on a GPU.
 FP8_CACHES = ("fp8", "fp8_e4m3")
 OPTIONS = ("method", "model", "num_speculative_tokens", "tree", "ladder")

@@ -40,7 +40,6 @@ from bita_vllm.attention.gpu_metadata import StepSplit
 from bita_vllm.attention.plain import flash_attention
 from bita_vllm.attention.workspaces import SharedWorkspaces
 from bita_vllm.config import BitaSettings, get_settings
-from bita_vllm.default_rows import Machine
 from bita_vllm.runner.delta_layers import in_dtype
 from bita_vllm.runner.gpu_deltas import CountedMaskRows, add_mask_lora_to_blocks
 from bita_vllm.runner.gpu_grammar import NodeGrammar
@@ -53,6 +52,7 @@ from bita_vllm.runner.loading import (
     put_in_adapter,
     replaced,
 )
+from bita_vllm.scheduling.default_rows import Machine
 from bita_vllm.step.device import StepTrees
 from bita_vllm.tree.search import acceptance_table
 

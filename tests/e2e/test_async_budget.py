@@ -7,7 +7,8 @@ from e2e.engines import ON_GPU_RUNNER, engine, make_adapter, run
 from e2e.inspection import known, oracle
 from e2e.test_token_budget import MODEL, VOCAB_SIZE, make_requests
 
-from bita_vllm import config, scheduler
+from bita_vllm import config
+from bita_vllm.scheduling import scheduler
 
 pytestmark = pytest.mark.skipif(not ON_GPU_RUNNER, reason="runs with --runner gpu")
 

@@ -26,7 +26,7 @@ from e2e.engines import (
 from e2e.inspection import StepRecord, known, oracle, recorded_steps
 from vllm import SamplingParams
 
-from bita_vllm.scheduler import BitaScheduler, depth_of_line
+from bita_vllm.scheduling.scheduler import BitaScheduler, depth_of_line
 from bita_vllm.tree import Template, TemplateTable
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
 from bita_vllm.tree.template_set import sets_of_one
@@ -161,9 +161,9 @@ def test_widths_follow_what_is_accepted(
         follow(self, step, *args)
 
     monkeypatch.setattr(BitaScheduler, "_follow_the_load", following)
-    monkeypatch.setattr("bita_vllm.scheduler.time", clock)
-    monkeypatch.setattr("bita_vllm.tuning.online.time", clock)
-    monkeypatch.setattr("bita_vllm.tuning.online.REVIEW_SECONDS", 0.1)  # about ten steps
+    monkeypatch.setattr("bita_vllm.scheduling.scheduler.time", clock)
+    monkeypatch.setattr("bita_vllm.scheduling.online.time", clock)
+    monkeypatch.setattr("bita_vllm.scheduling.online.REVIEW_SECONDS", 0.1)  # about ten steps
     requests = [
         (prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
         for prompt, _ in make_requests()[:4]
@@ -195,7 +195,7 @@ def test_requests_whose_drafts_are_wrong_go_without(tiny_model, tmp_path, monkey
     Ladder(sets_of_one(TEMPLATES), [(1, 8, WIDTHS[1]), (9, 9, 0)], costs).save(
         adapter / LADDER_FILE
     )
-    monkeypatch.setattr("bita_vllm.tuning.online.REVIEW_SECONDS", 1e9)
+    monkeypatch.setattr("bita_vllm.scheduling.online.REVIEW_SECONDS", 1e9)
     requests = [
         (prompt, SamplingParams(temperature=i // 2 % 2, seed=i, max_tokens=200, ignore_eos=True))
         for i, (prompt, _) in enumerate(make_requests()[:6])

@@ -19,7 +19,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.scheduler import _BlockScheduler
+from bita_vllm.scheduling.scheduler import _BlockScheduler
 from bita_vllm.tree import TemplateTable
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.template_set import saved_sets

@@ -20,11 +20,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import config as bita_config
-from bita_vllm import default_rows, plugin, row_options
+from bita_vllm import plugin
 from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.config import check_engine, get_settings
+from bita_vllm.scheduling import default_rows, row_options
 from bita_vllm.system.machine import cpu_name
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder

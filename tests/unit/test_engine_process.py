@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from bita_vllm.engine_process import end_with_front_end
+from bita_vllm.scheduling.engine_process import end_with_front_end
 
 fork = multiprocessing.get_context("fork")
 

@@ -8,7 +8,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from bita_vllm.grammar import BlockGrammar
+from bita_vllm.scheduling.grammar import BlockGrammar
 from bita_vllm.tree import Template, TemplateTable
 
 VOCAB_SIZE = 512

@@ -11,12 +11,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu import cudagraph_utils
 
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
+from bita_vllm.scheduling.online import WidthPolicy
 from bita_vllm.step import graphs
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.cost import MeasuredCost
-from bita_vllm.tuning.online import WidthPolicy
 from bita_vllm.tuning.profile import graph_sizes, profile_ladder
 
 # batch sizes -> R-1, as vLLM takes them: rows of a step pass 512, and width 0 is plain decoding

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bita_vllm.scheduler import depth_of_line, depth_offered
+from bita_vllm.scheduling.scheduler import depth_of_line, depth_offered
 from bita_vllm.tree import Template, TemplateTable
 
 TEMPLATE = Template.from_widths([3, 2], 3)  # 6 nodes, the chain of two first; 24 rows

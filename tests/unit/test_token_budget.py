@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from bita_vllm.token_budget import leave_out_blocks, prefill_tokens, within_budget
+from bita_vllm.scheduling.token_budget import leave_out_blocks, prefill_tokens, within_budget
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from bita_vllm.scheduling.accounts import CREDIT, FIRST_REST, LIMIT, LONGEST_REST, Accounts
 from bita_vllm.tree import NO_BLOCK, Template, TemplateTable
-from bita_vllm.tuning.accounts import CREDIT, FIRST_REST, LIMIT, LONGEST_REST, Accounts
 
 TABLE = TemplateTable(Template.build([(0, 0), (1, 0)], {0: 2}))  # lines of 3, 4 and 5 rows
 PRICE = 0.125

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from two_kinds import predictions
 
+from bita_vllm.scheduling import accounts
+from bita_vllm.scheduling.online import REVIEW_SECONDS, Acceptance, WidthPolicy, policy_of
 from bita_vllm.training.evaluate import (
     acceptance_statistics,
     accepted_lengths,
@@ -19,10 +21,8 @@ from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.replay import TreeWalker
 from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
 from bita_vllm.tree.template_set import TemplateSet, sets_of_one
-from bita_vllm.tuning import accounts
 from bita_vllm.tuning.choose import PLAIN, choose_ladder
 from bita_vllm.tuning.cost import H100_8B, MeasuredCost
-from bita_vllm.tuning.online import REVIEW_SECONDS, Acceptance, WidthPolicy, policy_of
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 GOOD, POOR = (0.6, 0.4, 0.28), (0.15, 0.08, 0.05)
@@ -328,8 +328,8 @@ def test_a_promise_that_the_first_minute_breaks_is_said_once(masks, dearer, says
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "review", reviewing)
-        patch.setattr("bita_vllm.tuning.online.MIN_GAIN", -1.0)  # blocks stay
-        patch.setattr("bita_vllm.tuning.online.SURE", 50.0)
+        patch.setattr("bita_vllm.scheduling.online.MIN_GAIN", -1.0)  # blocks stay
+        patch.setattr("bita_vllm.scheduling.online.SURE", 50.0)
         cost = MeasuredCost([(1, 1, 0.05), (1, 2, 0.05 + 0.004 * dearer)])
         simulate(ladder, served(masks), cost, 1, num_walks=4000, policy=policy)
     if says is None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from bita_vllm.scheduling.seen_cost import FEW_STEPS, SeenCost
 from bita_vllm.tuning.choose import PLAIN
-from bita_vllm.tuning.seen_cost import FEW_STEPS, SeenCost
 
 SMALL, LARGE = 0, 1
 # [T+1, N] two templates and plain decoding, 1 to 8 requests

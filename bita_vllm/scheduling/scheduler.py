@@ -19,12 +19,12 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from bita_vllm import config
 from bita_vllm.config import get_settings
-from bita_vllm.engine_process import end_with_front_end
-from bita_vllm.grammar import BlockGrammar
+from bita_vllm.scheduling.engine_process import end_with_front_end
+from bita_vllm.scheduling.grammar import BlockGrammar
+from bita_vllm.scheduling.online import policy_of
+from bita_vllm.scheduling.token_budget import leave_out_blocks, prefill_tokens, within_budget
 from bita_vllm.step.graphs import most_requests
-from bita_vllm.token_budget import leave_out_blocks, prefill_tokens, within_budget
 from bita_vllm.tree import TemplateTable
-from bita_vllm.tuning.online import policy_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
