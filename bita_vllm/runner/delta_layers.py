@@ -29,6 +29,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from bita_vllm.adapter.config import AdapterError
 from bita_vllm.adapter.deltas import MaskLoraWeights
+from bita_vllm.step.mask_rows import MaskRows
 
 # (output, x, lora_a, lora_b, parts, *MaskRows.buffers()) -> None: bita_kernels.add_mask_lora
 AddMaskLora = Callable[..., None]
@@ -63,32 +64,6 @@ def opaque_operation(name: str, function: AddMaskLora) -> AddMaskLora:
 def in_dtype(dtype: torch.dtype) -> PackMaskLora:
     """A and B as they are, in that dtype."""
     return lambda a, b, parts: (a.to(dtype), b.to(dtype))
-
-
-class MaskRows:
-    """Which rows of a step are mask rows, in buffers that compiled and captured graphs read.
-
-    Attributes:
-        rows: `[capacity]` int64, the mask rows in front.
-        num: `[1]` int64, how many they are.
-    """
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.rows = torch.zeros(capacity, dtype=torch.int64, device=device)
-        self.num = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def set(
-        self,
-        # [mask rows of the step]
-        rows: np.ndarray,
-    ) -> None:
-        """The rows of this step, from the host."""
-        self.rows[: len(rows)] = torch.from_numpy(rows)
-        self.num.fill_(len(rows))
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """What a layer's operation reads of a step, in the order of its arguments, and the layer's names of it."""
-        return {"mask_rows": self.rows, "num_mask_rows": self.num}
 
 
 class MaskLoraMethod(LinearMethodBase):

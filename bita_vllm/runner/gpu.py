@@ -39,7 +39,6 @@ from bita_vllm.attention.gpu import (
 from bita_vllm.attention.gpu_metadata import StepSplit
 from bita_vllm.attention.plain import flash_attention
 from bita_vllm.attention.workspaces import SharedWorkspaces
-from bita_vllm.config import BitaSettings, get_settings
 from bita_vllm.runner.delta_layers import in_dtype
 from bita_vllm.runner.gpu_deltas import CountedMaskRows, add_mask_lora_to_blocks
 from bita_vllm.runner.gpu_grammar import NodeGrammar
@@ -52,8 +51,9 @@ from bita_vllm.runner.loading import (
     put_in_adapter,
     replaced,
 )
-from bita_vllm.scheduling.default_rows import Machine
+from bita_vllm.settings import BitaSettings, get_settings
 from bita_vllm.step.device import StepTrees
+from bita_vllm.system.platform import speed_of_first_gpu
 from bita_vllm.tree.search import acceptance_table
 
 
@@ -180,7 +180,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         state.trees.rows_in_one_pass = rows_in_one_pass(
             vllm_config.parallel_config.tensor_parallel_size,
             vllm_config.model_config.get_vocab_size(),
-            Machine.here(on_gpu=True).speed,
+            speed_of_first_gpu(),
         )
         return state
 

@@ -6,7 +6,8 @@ import torch
 from bita_kernels.add_mask_lora import add_mask_lora, make_arrivals
 from vllm.forward_context import get_forward_context
 
-from bita_vllm.runner.delta_layers import MaskRows, opaque_operation
+from bita_vllm.runner.delta_layers import opaque_operation
+from bita_vllm.step.mask_rows import MaskRows
 
 
 class CountedMaskRows(MaskRows):

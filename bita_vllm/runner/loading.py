@@ -23,9 +23,10 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import ModelShape
-from bita_vllm.config import BitaSettings
-from bita_vllm.runner.delta_layers import AddMaskLora, MaskRows, PackMaskLora, put_in_mask_lora
+from bita_vllm.runner.delta_layers import AddMaskLora, PackMaskLora, put_in_mask_lora
 from bita_vllm.runner.embedding import insert_mask_embedding
+from bita_vllm.settings import BitaSettings
+from bita_vllm.step.mask_rows import MaskRows
 
 logger = init_logger("vllm.bita")
 

@@ -16,7 +16,8 @@ from vllm.logger import init_logger
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.adapter.model_size import ModelSize
-from bita_vllm.system.machine import DeviceSpeed, gpu_speed, is_plain_avx2, num_cores
+from bita_vllm.system import platform
+from bita_vllm.system.machine import DeviceSpeed, is_plain_avx2, num_cores
 from bita_vllm.tree.ladder import Ladder, ranges_of
 from bita_vllm.tree.search import MIN_ROWS, acceptance_table
 from bita_vllm.tree.template_set import saved_sets
@@ -78,7 +79,7 @@ class Machine:
         packs = not on_gpu and is_plain_avx2()
         return cls(
             on_gpu=on_gpu,
-            speed=_speed_of_first_gpu() if on_gpu else None,
+            speed=platform.speed_of_first_gpu() if on_gpu else None,
             packs_linear_layers=packs,
             num_cores=num_cores(),
             param_bytes=4 if packs else 2,
@@ -139,17 +140,6 @@ def default_ladder(
         ladder.describe(),
     )
     return ladder
-
-
-def _speed_of_first_gpu() -> DeviceSpeed | None:
-    from vllm.platforms import current_platform
-    from vllm.utils.import_utils import import_pynvml
-
-    try:
-        index = current_platform.device_id_to_physical_device_id(0)
-    except ValueError:  # CUDA_VISIBLE_DEVICES names a part of a GPU
-        return None
-    return gpu_speed(import_pynvml(), index)
 
 
 def _gpu_cost(model: ModelSize, machine: Machine) -> tuple[StepCost, int]:

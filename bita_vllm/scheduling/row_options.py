@@ -9,6 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from bita_vllm.adapter.config import AdapterConfig
+from bita_vllm.settings import ConfigError
 from bita_vllm.tree import MAX_ROWS, Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
 from bita_vllm.tree.template_set import TemplateSet, set_within
@@ -16,10 +17,6 @@ from bita_vllm.tree.template_set import TemplateSet, set_within
 logger = init_logger("vllm.bita")
 
 AUTO = "auto"
-
-
-class ConfigError(ValueError):
-    """A run that cannot use bita as asked; the message is one sentence for the user."""
 
 
 def choose_ladder(

@@ -17,13 +17,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from bita_vllm import config
-from bita_vllm.config import get_settings
 from bita_vllm.scheduling.engine_process import end_with_front_end
 from bita_vllm.scheduling.grammar import BlockGrammar
 from bita_vllm.scheduling.online import policy_of
 from bita_vllm.scheduling.token_budget import leave_out_blocks, prefill_tokens, within_budget
+from bita_vllm.settings import get_settings
 from bita_vllm.step.graphs import most_requests
+from bita_vllm.system import platform
 from bita_vllm.tree import TemplateTable
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ class _BlockScheduler(Scheduler):
         # On the V1 runner the config may not have a table. With one, stock does not pad requests that come in
         # to R rows, which only CUDA graphs gain from.
         stock: list[int] | None = self.dynamic_sd_lookup  # type: ignore[has-type]
-        if stock is not None or not config.on_gpu():
+        if stock is not None or not platform.on_gpu():
             self._use_table(settings.ladder.lookup(max_num_seqs).tolist())
         self._policy = policy_of(
             settings.ladder,
             settings.adapter_dir,
             max_num_seqs,
-            padded=config.on_gpu(),
-            most_requests=most_requests(self.vllm_config) if config.on_gpu() else None,
+            padded=platform.on_gpu(),
+            most_requests=most_requests(self.vllm_config) if platform.on_gpu() else None,
         )
         end_with_front_end()
         # Requests, end and CPU clock of the last step if it did nothing but decode.

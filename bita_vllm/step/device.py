@@ -15,7 +15,7 @@ from bita_kernels.choice_table import ChoiceTable
 from bita_kernels.tree_table import TreeTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from bita_vllm.runner.delta_layers import MaskRows
+from bita_vllm.step.mask_rows import MaskRows
 from bita_vllm.tree import TemplateTable
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.template_set import TemplateSet, templates_of

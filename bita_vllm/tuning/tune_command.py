@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
 def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     """The ladder, what it was chosen by, where it was saved. Raises what `run` prints."""
-    from bita_vllm import config as bita_config
     from bita_vllm.adapter.checkpoint import resolve_adapter_dir
     from bita_vllm.adapter.config import AdapterConfig
+    from bita_vllm.system import platform
     from bita_vllm.training.base_model import choose_dtype
     from bita_vllm.training.data_command import parse_engine_args, require_at_least
     from bita_vllm.training.provenance import portable_name, versions
@@ -100,7 +100,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm.tuning.choose import choose_ladder
     from bita_vllm.tuning.cost import MeasuredCost
 
-    on_gpu = bita_config.on_gpu()
+    on_gpu = platform.on_gpu()
     for name, value in (ON_GPU if on_gpu else ON_CPU).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -122,7 +122,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     path = args.out or adapter_dir / LADDER_FILE
     provenance: dict[str, Any] = {
         "model": portable_name(model),
-        "device": bita_config.device_name(),
+        "device": platform.device_name(),
         "cores": len(os.sched_getaffinity(0)),
         "dtype": args.dtype if on_gpu else choose_dtype(args.dtype, "cpu"),
         "engine_args": engine_args,

@@ -32,6 +32,7 @@ from bita_vllm import config as bita_config
 from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
+from bita_vllm.system import platform
 from bita_vllm.training.mask_lora import MaskLora
 
 # `pytest --runner gpu`: vLLM's V2 runner, through Triton's interpreter (v2_on_cpu.py)
@@ -75,7 +76,7 @@ def in_this_process(num_ranks: int = 1) -> Iterator[None]:
             from vllm.v1.worker.gpu.sample.sampler import Sampler
 
             patch.setattr(Sampler, "sample", v2_on_cpu.minding_types(Sampler.sample))
-            patch.setattr(bita_config, "on_gpu", lambda: True)
+            patch.setattr(platform, "on_gpu", lambda: True)
             patch.setattr(bita_config, "GPU_WORKER_CLS", "v2_on_cpu.Worker")
             patch.setattr(triton_attn, "triton_reshape_and_cache_flash", v2_on_cpu.write_kv)
             # Its Triton kernel does not run in the interpreter; the other path is vLLM's too.

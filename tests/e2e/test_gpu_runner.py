@@ -22,6 +22,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 
 from bita_vllm import config as bita_config
 from bita_vllm.runner.loading import attention_backend
+from bita_vllm.settings import get_settings
+from bita_vllm.system import platform
 
 pytestmark = [
     pytest.mark.slow,
@@ -259,7 +261,7 @@ def test_mask_logits_with_deltas_equal_the_trainers(case, adapter_with_deltas):
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_gpu_takes_the_v2_runner_and_may_schedule_ahead(case, monkeypatch, asynchronous):
     model, adapter, _ = case
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     speculative = {"method": "bita", "model": str(adapter), "tree": "3,2"}
     config = EngineArgs(
         str(model),
@@ -272,7 +274,7 @@ def test_gpu_takes_the_v2_runner_and_may_schedule_ahead(case, monkeypatch, async
     assert config.attention_config.backend.name == "TRITON_ATTN"
     # vLLM's CPU platform turned it off again, behind the check that the method allows it.
     config.scheduler_config.async_scheduling = asynchronous
-    bita_config.check_engine(config, bita_config.get_settings(config))
+    bita_config.check_engine(config, get_settings(config))
     scheduler = config.scheduler_config.get_scheduler_cls().__name__
     assert scheduler == ("BitaAsyncScheduler" if asynchronous else "BitaScheduler")
     assert not config.speculative_config.use_ngram()

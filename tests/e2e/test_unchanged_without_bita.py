@@ -15,7 +15,11 @@ ADAPTER = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
 MEMORY_LIMIT = 64 << 20
 
 # What may be loaded in a process that does not ask for bita: the entry point and what it checks.
-PLUGIN_MODULES = {"bita_vllm", "bita_vllm.plugin", "bita_vllm.patches", "bita_vllm.hooks"}
+PLUGIN_MODULES = {
+    "bita_vllm",
+    *(f"bita_vllm.{name}" for name in ("plugin", "patches", "support", "hooks")),
+    *(f"bita_vllm.hooks.{name}" for name in ("hook", "cpu", "gpu", "deltas")),
+}
 
 # Run as a script of its own: a plain engine, or one with bita; prints one line of JSON.
 PROBE = """

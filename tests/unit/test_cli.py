@@ -11,7 +11,7 @@ import torch
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform, PlatformEnum, UnspecifiedPlatform
 
-from bita_vllm import cli, config, doctor, patches
+from bita_vllm import cli, doctor, hooks, patches, support
 from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
@@ -51,8 +51,8 @@ def test_sound_installation_passes(capsys, base, adapter):
     code, content = report(capsys, "--model", base, "--adapter", adapter)
     assert (code, content["ok"], failed(content)) == (0, True, [])
     names = [check["name"] for check in content["checks"]]
-    hooks = [f"hook {hook.target}" for hook in patches.PATCHES + patches.OVERRIDES]
-    assert names == ["vLLM", "plugin", *hooks, "platform", "adapter"]
+    named = [f"hook {hook.target}" for hook in patches.PATCHES + hooks.OVERRIDES]
+    assert names == ["vLLM", "plugin", *named, "platform", "adapter"]
     assert "3 mask tokens, 4 prompt tokens" in content["checks"][-1]["detail"]
 
 
@@ -96,7 +96,7 @@ def test_model_without_adapter_says_what_is_missing(capsys, base):
 def test_changed_and_missing_hooks_fail_with_both_signatures(capsys, monkeypatch):
     changed = patches.Hook("vllm.plugins:load_general_plugins", "why", "(group)")
     missing = patches.Hook("vllm.plugins:no_such_function", "why", "()")
-    monkeypatch.setattr(patches, "OVERRIDES", (changed, missing))
+    monkeypatch.setattr(hooks, "OVERRIDES", (changed, missing))
     code, content = report(capsys)
     details = {check["name"]: check["detail"] for check in content["checks"]}
     assert code == 1
@@ -106,7 +106,7 @@ def test_changed_and_missing_hooks_fail_with_both_signatures(capsys, monkeypatch
 
 
 def test_unsupported_version_fails_and_names_those_that_work(capsys, monkeypatch):
-    monkeypatch.setattr(patches, "vllm_version", lambda: "0.31.2")
+    monkeypatch.setattr(support, "vllm_version", lambda: "0.31.2")
     code, content = report(capsys)
     assert (code, failed(content)) == (1, ["vLLM"])
     assert "0.31.2" in content["checks"][0]["detail"]
@@ -114,7 +114,7 @@ def test_unsupported_version_fails_and_names_those_that_work(capsys, monkeypatch
 
 
 def test_without_vllm_nothing_else_is_checked(monkeypatch):
-    monkeypatch.setattr(patches, "vllm_version", lambda: None)
+    monkeypatch.setattr(support, "vllm_version", lambda: None)
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     checks = list(doctor.examine())
     assert [(check.name, check.ok) for check in checks] == [("vLLM", False)]
@@ -154,7 +154,7 @@ class Rocm(Platform):
     ids=["CPU", "CPU, V2 asked for", "CUDA", "CUDA, V1 asked for", "ROCm", "unknown"],
 )
 def test_platform(capsys, monkeypatch, platform, v2_runner, ok, said):
-    monkeypatch.setattr(config, "current_platform", platform())
+    monkeypatch.setattr("bita_vllm.system.platform.current_platform", platform())
     if v2_runner is not None:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
     code, content = report(capsys)

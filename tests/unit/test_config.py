@@ -20,12 +20,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import config as bita_config
-from bita_vllm import plugin
+from bita_vllm import plugin, refusals
 from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
-from bita_vllm.config import check_engine, get_settings
+from bita_vllm.config import check_engine
 from bita_vllm.scheduling import default_rows, row_options
+from bita_vllm.settings import get_settings
+from bita_vllm.system import platform
 from bita_vllm.system.machine import cpu_name
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
@@ -81,7 +83,7 @@ def refused(build) -> str:
 def test_default_rows_follow_the_load(make, monkeypatch):
     """Of whatever machine this is: never the same block at every load, plain beyond some load."""
     for on_gpu in (False, True):
-        monkeypatch.setattr(bita_config, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(platform, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         settings = get_settings(make())
         assert settings.tree == "auto"
         assert settings.num_speculative_tokens == settings.template.num_rows - 1
@@ -93,7 +95,7 @@ def test_default_rows_follow_the_load(make, monkeypatch):
 
 
 def test_default_rows_of_a_gpu_are_in_vllms_own_table(make, monkeypatch):
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     spec = make().speculative_config
     table = spec.num_speculative_tokens_per_batch_size
     assert table == list(spec.bita.ladder.batch_sizes)
@@ -111,7 +113,7 @@ def test_where_no_default_block_fits_blocks_have_the_adapters_row_budget(make, m
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["CPU", "GPU"])
 @pytest.mark.parametrize("options", [{"num_speculative_tokens": 11}, {"tree": "2,1"}], ids=str)
 def test_what_the_user_asks_for_is_one_block_at_every_load(make, monkeypatch, options, on_gpu):
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(platform, "on_gpu", lambda: on_gpu)
     spec = make(options).speculative_config
     assert spec.bita.ladder.is_fixed
     assert spec.num_speculative_tokens_per_batch_size is None
@@ -121,7 +123,7 @@ def test_what_the_user_asks_for_is_one_block_at_every_load(make, monkeypatch, op
 def test_the_log_says_what_the_rule_chose(make, monkeypatch):
     said = []
     monkeypatch.setattr(default_rows.logger, "info", lambda text, *args: said.append(text % args))
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     ladder = get_settings(make()).ladder
     assert said[0].startswith("bita: no ladder for this machine; rows by load")
     assert ladder.describe() in said[0] and "'bita tune' measures it" in said[0]
@@ -205,7 +207,7 @@ def test_ladder_of_another_machine(make, adapter, tmp_path, monkeypatch, device,
 
 
 def test_on_a_gpu_vllm_itself_follows_the_table(make, ladder, monkeypatch):
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     spec = make({"ladder": str(ladder)}).speculative_config
     assert spec.num_speculative_tokens_per_batch_size == Ladder.load(ladder).batch_sizes
     assert make({"tree": "2,1"}).speculative_config.num_speculative_tokens_per_batch_size is None
@@ -268,7 +270,7 @@ def test_compile_cache_does_not_mix_packed_layers_with_vllms(make):
 def test_compile_cache_does_not_mix_versions(make, monkeypatch):
     config = make()
     before = config.compute_hash()
-    monkeypatch.setattr("bita_vllm.config.__version__", "0.0.1")
+    monkeypatch.setattr("bita_vllm.settings.__version__", "0.0.1")
     assert config.compute_hash() != before
 
 
@@ -415,7 +417,7 @@ def test_model_runner_v2_on_cpu_is_refused(make, monkeypatch):
 
 
 def test_other_platforms_are_refused(make, monkeypatch):
-    monkeypatch.setattr(type(bita_config.current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(platform.current_platform), "is_cpu", lambda self: False)
     assert "CUDA and CPU platforms" in refused(make)
 
 
@@ -514,7 +516,7 @@ def test_request_that_bita_serves_is_let_through(make, params):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As on a CUDA GPU, for what config.py decides."""
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
 
 
@@ -532,11 +534,11 @@ def test_batch_sharded_sampling_is_refused(make):
 
 def test_gpu_takes_weight_transfer_and_logits_processors(make, monkeypatch):
     config = make()
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     config.weight_transfer_config = WeightTransferConfig(backend="ipc")
     check_engine(config, get_settings(config))
     config.model_config.logits_processors = ["mine:Processor"]
-    bita_config._refuse_first(bita_config._unsupported_model(config.model_config))
+    refusals.refuse_model(config.model_config)
 
 
 def test_returned_experts_are_refused(make):
@@ -561,7 +563,7 @@ QUANTISED = sorted(name for name in get_args(CacheDType) if is_quantized_kv_cach
 @pytest.mark.parametrize("cache_dtype", QUANTISED)
 def test_gpu_takes_fp8_caches_and_refuses_the_others_by_name(make, monkeypatch, cache_dtype):
     config = make()
-    monkeypatch.setattr(bita_config, "on_gpu", lambda: True)
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
     config.cache_config.cache_dtype = cache_dtype
     if cache_dtype in ("fp8", "fp8_e4m3"):
         check_engine(config, get_settings(config))

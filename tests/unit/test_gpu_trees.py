@@ -9,10 +9,10 @@ from bita_kernels.accept_tree import accept_tree_naive
 from bita_kernels.begin_step import begin_step_naive
 
 from bita_vllm.runner import gpu_speculator
-from bita_vllm.runner.delta_layers import MaskRows
 from bita_vllm.runner.gpu_speculator import parts_of, rows_in_one_pass
 from bita_vllm.step import device as gpu_trees
 from bita_vllm.step.device import StepTrees
+from bita_vllm.step.mask_rows import MaskRows
 from bita_vllm.system.machine import DeviceSpeed
 from bita_vllm.tree import Template
 from bita_vllm.tree.search import acceptance_table

@@ -19,13 +19,13 @@ from bita_vllm.adapter.config import AdapterError
 from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.runner.delta_layers import (
     MaskLoraMethod,
-    MaskRows,
     find_place,
     in_dtype,
     layer_tensors,
     put_in_mask_lora,
 )
 from bita_vllm.runner.gpu_deltas import CountedMaskRows
+from bita_vllm.step.mask_rows import MaskRows
 
 IN, RANK, SCALE = 24, 3, 2.0
 ROWS = 6

@@ -19,13 +19,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from bita_vllm import patches, plugin
-from bita_vllm.config import ConfigError
-from bita_vllm.doctor import check_source, compare_signatures, source_node, source_signatures
-from bita_vllm.hooks import PLAIN_HOOKS
+from bita_vllm import hooks, patches, plugin, support
+from bita_vllm.settings import ConfigError
+from bita_vllm.support import check_source, compare_signatures, source_node, source_signatures
 
 SIGNATURES = Path(__file__).parents[1] / "data" / "vllm_0_33_signatures.json"
-HOOKS = patches.PATCHES + patches.OVERRIDES + PLAIN_HOOKS
+HOOKS = patches.PATCHES + hooks.OVERRIDES + hooks.PLAIN_HOOKS
 # abstract class of vLLM -> ours
 SUBCLASSES = {
     "vllm.v1.outputs:AsyncModelRunnerOutput": "bita_vllm.runner.gpu:BlockOutput",
@@ -59,11 +58,11 @@ def cli_actions() -> dict[str, str]:
 
 
 def test_installed_vllm_has_every_hook():
-    assert check_source(Path(vllm.__file__).parent) == []
+    assert check_source(Path(vllm.__file__).parent, patches.PATCHES + hooks.OVERRIDES) == []
 
 
 def test_inspect_and_source_agree_on_signatures(unpatched):
-    assert patches.check_installed(HOOKS) == []
+    assert support.check_installed(HOOKS) == []
 
 
 def test_vllm_0_33_has_every_hook():
@@ -91,7 +90,7 @@ def test_every_hook_says_why():
 
 @pytest.mark.parametrize("hook", patches.PATCHES, ids=lambda hook: hook.target.rpartition(":")[2])
 def test_undo_restores_the_original(hook, unpatched):
-    owner, name = patches._locate(hook.target)
+    owner, name = support.locate(hook.target)
     before = vars(owner)[name]
     plugin.register()
     assert vars(owner)[name] is not before
@@ -179,7 +178,7 @@ def test_broken_hook_refuses_bita_with_the_versions_that_work(unpatched, monkeyp
 
 
 def test_unsupported_version_refuses_bita_only(unpatched, monkeypatch, tiny_model):
-    monkeypatch.setattr(patches, "vllm_version", lambda: "0.31.2")
+    monkeypatch.setattr(support, "vllm_version", lambda: "0.31.2")
     plugin.register()
     model = str(tiny_model("llama"))
     assert EngineArgs(model, max_model_len=128).create_engine_config().speculative_config is None
@@ -208,7 +207,7 @@ def abstract_methods(package_dir: str, target: str) -> list[str]:
 def write_signatures(version: str, package_dir: str) -> None:
     """Record the signatures of every hook in a vLLM source tree, and what its abstract classes want."""
     content = {
-        "about": "Signatures of the hooks of bita_vllm/patches.py in the source of vLLM's wheel; "
+        "about": "Signatures of the hooks of bita_vllm/patches.py and bita_vllm/hooks/ in the source of vLLM's wheel; "
         "the docstring of tests/unit/test_patches.py says how to make it again.",
         "vllm_version": version,
         "signatures": source_signatures(package_dir, HOOKS),
