@@ -69,7 +69,7 @@ soak: venv model $(LADDER)
 	$(FAST) $(BIN)/python benchmarks/soak.py --ladder $(LADDER) $(ARGS)
 
 bench-kernels: venv
-	$(BIN)/python benchmarks/kernels.py $(ARGS)
+	$(BIN)/python benchmarks/kernel_benchmark.py $(ARGS)
 
 # On a machine with a GPU, with vLLM and this package installed, three commands of under nine minutes each:
 #   make gpu-suite BIN=$$(dirname $$(which python3)) ARGS='--part tokens --out results'   (then throughput, steps)

@@ -89,10 +89,9 @@ def main() -> None:
     if args.plan:
         print(plan(args.part, args.limit))
         return
-    sys.path.insert(0, str(ROOT / "tests"))
     facts = {name: value for name, value in provenance().items() if name != "preloaded"}
     if args.dry:
-        import v2_on_cpu
+        from testbed import v2_on_cpu
 
         v2_on_cpu.install()
     else:

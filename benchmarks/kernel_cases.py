@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py measures on: one decode step's attention, as a layer of a served model sees it."""
+"""What kernel_benchmark.py measures on: one decode step's attention, as a layer of a served model sees it."""
 
 from __future__ import annotations
 

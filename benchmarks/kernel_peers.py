@@ -1,4 +1,4 @@
-"""Other people's kernels for benchmarks/kernels.py: what a tree kernel is held to.
+"""Other people's kernels for benchmarks/kernel_benchmark.py: what a tree kernel is held to.
 
 Peers know no prompt tokens. What a peer wants in another layout is copied before the clock starts.
 FlashAttention 3 is causal, so it is the bound: the same bytes, no tree.

@@ -1,4 +1,4 @@
-"""The kernels that benchmarks/kernels.py compares: each turns a case into a function `run(layer) -> output`.
+"""The kernels that benchmarks/kernel_benchmark.py compares: each turns a case into a function `run(layer) -> output`.
 
 Ours are here, the peers in kernel_peers.py. A provider without a row for a case raises `Unavailable`.
 """

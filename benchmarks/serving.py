@@ -21,10 +21,10 @@ from typing import Any
 
 from cpu_throughput import ADAPTER, RESULTS, in_turn, rounded, write_csv
 from provenance import provenance
-from server_process import ServerError
 from serving_prompts import DATASETS, requests_for
 from serving_report import PLAIN, beside_plain, decode_figures, report
 from serving_servers import ARM_NAMES, Arm, Servers, all_arms, bita_rows
+from testbed.server_process import ServerError
 
 CPU_KV_CACHE_BYTES = 2 << 30
 GPU_MEMORY = 0.9  # of the GPU, shared by the servers that are up together

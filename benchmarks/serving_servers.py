@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cpu_engines import NO_DRAFTS
-from server_process import ServerProcess
 from serving_report import PLAIN
+from testbed.server_process import ServerProcess
 
 START_TIMEOUT_S = 1200  # the first start of an arm compiles
 

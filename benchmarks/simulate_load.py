@@ -8,7 +8,6 @@ that machine, not what a server was measured at. EAGLE-3's figures beside them a
 
 import argparse
 import csv
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from cpu_throughput import RESULTS, ROOT, rounded, table
 from provenance import provenance
+from testbed.recorded_ranks import recorded_predictions, recorded_ranks
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.training.evaluate import Predictions, acceptance_statistics
@@ -27,9 +27,6 @@ from bita_vllm.tree.template_set import TemplateSet, saved_sets
 from bita_vllm.tuning.choose import choose_ladder
 from bita_vllm.tuning.cost import H100_8B
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
-
-sys.path.append(str(ROOT / "tests"))
-from recorded_ranks import recorded_predictions, recorded_ranks
 
 CONCURRENCIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 SMOLLM2 = "SmolLM2-135M"  # the shipped adapter's acceptance

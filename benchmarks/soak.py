@@ -22,11 +22,11 @@ from typing import Any
 
 from cpu_throughput import ADAPTER, RESULTS, rounded, write_csv
 from provenance import provenance
-from server_process import ServerError
 from soak_client import Answer
 from soak_compare import Difference, compared, differences
 from soak_requests import Request, count_by_kind, requests
 from soak_server import START_TIMEOUT_S, SoakServer, State
+from testbed.server_process import ServerError
 
 LEGS = 10
 WARM_LEGS = 2  # a fifth: buffers have grown to their size

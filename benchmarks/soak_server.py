@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import psutil
-from server_process import ServerProcess
 from soak_client import Answer, send_all
 from soak_requests import Request
+from testbed.server_process import ServerProcess
 
 START_TIMEOUT_S = 1200  # the first start compiles
 IDLE_TIMEOUT_S = 120  # ends a hang; a client that leaves is noticed within a step

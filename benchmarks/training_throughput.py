@@ -1,7 +1,7 @@
 """Training throughput and peak memory: mask rows over recorded keys against the full-mask way.
 
 Both compute the same loss and gradients (tests/unit/training/test_mask_model.py): ours runs the
-tokens once without gradient and then only mask rows; the plain way (tests/naive_training.py) runs
+tokens once without gradient and then only mask rows; the plain way (testbed/naive_training.py) runs
 [tokens | mask rows] with gradient under one dense mask. On a GPU mask rows attend by FlexAttention, and a third way
 asks xFormers' memory_efficient_attention for the same. Each runs in a process of its own, for its
 peak memory, one after the other and all several times over. One CSV row a case and way, written when measured.
@@ -19,13 +19,12 @@ import multiprocessing
 import random
 import resource
 import statistics
-import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from provenance import ROOT, provenance
+from provenance import provenance
 
 OURS, XFORMERS, FULL = "mask rows only", "mask rows, xformers", "full mask"
 WAYS = (OURS, XFORMERS, FULL)
@@ -116,9 +115,8 @@ def measure(way: str, case: str, args: dict[str, Any]) -> dict[str, Any]:
 
 def measure_steps(way: str, case: str, args: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each step, loss of the first, and memory: before any step and at the peak."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import naive_training
     import torch
+    from testbed import naive_training
 
     from bita_vllm.training.batches import make_batch
     from bita_vllm.training.initial import new_model

@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # start compiles nothing either.
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if config.getoption("runner") == "gpu":
-        import v2_on_cpu
+        from testbed import v2_on_cpu
 
         v2_on_cpu.install()
 
@@ -47,7 +47,7 @@ def embedded_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A factory: `tiny_model("llama", dtype="float32", **config_overrides)` returns a directory."""
-    from tiny_models import make_tiny_model  # imports torch: only for tests that need it
+    from testbed.tiny_models import make_tiny_model  # imports torch: only for tests that need it
 
     made: dict[str, Path] = {}
 

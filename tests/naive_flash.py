@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import v2_on_cpu
 import vllm
+from testbed import v2_on_cpu
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import flash_attn
 

@@ -112,7 +112,7 @@ def install(llm: Any) -> Callable[[], None]:
     """
     import numpy as np
     from bita_kernels.accept_tree import accept_tree
-    from recorded_ranks import recorded_ranks
+    from testbed.recorded_ranks import recorded_ranks
 
     modules = [
         module

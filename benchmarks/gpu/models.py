@@ -42,7 +42,7 @@ def make_shape(folder: Path, name: str) -> Path:
 
 def make_tiny(folder: Path, num_layers: int) -> Path:
     """A random model of a few million parameters, with a tokenizer."""
-    from tiny_models import make_tiny_model
+    from testbed.tiny_models import make_tiny_model
 
     return (
         folder

@@ -134,11 +134,11 @@ def run_cli_interpreted(argv: Sequence[str]) -> None:
 
 
 def kernels(machine: Machine) -> None:
-    """benchmarks/kernels.py writes its rows itself, each when it is measured."""
+    """benchmarks/kernel_benchmark.py writes its rows itself, each when it is measured."""
     out = machine.out / ("kernels_dry.csv" if machine.dry else "kernels.csv")
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "kernels.py"),
+        str(ROOT / "benchmarks" / "kernel_benchmark.py"),
         *KERNELS[machine.dry].split(),
     ]
     limit = min(KERNEL_LIMIT, machine.remaining())

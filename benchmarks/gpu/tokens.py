@@ -172,7 +172,7 @@ def memcheck(machine: Machine) -> None:
     import shutil
     import sys
 
-    script = Path(__file__).parent / "memcheck.py"
+    script = Path(__file__).parents[1] / "memcheck.py"
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         machine.say("memcheck: compute-sanitizer is not on this machine")

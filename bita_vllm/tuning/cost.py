@@ -218,7 +218,7 @@ class RowCost:
 # What the method allows; what its kernels take on top is predicted by benchmarks/performance_model.py.
 # Llama-3.1-8B in bf16: 8.03e9 parameters less the input embedding's 0.53e9 (128256 x 4096), of which a step
 # reads single rows; KV: 32 layers, 8 heads of 128, keys and values. An H100 SXM as measured with
-# benchmarks/kernels.py's copy and a 8192-cubed product: 3.0 TB/s, 800 TFLOP/s. The overheads are
+# benchmarks/kernel_benchmark.py's copy and a 8192-cubed product: 3.0 TB/s, 800 TFLOP/s. The overheads are
 # assumptions: half a millisecond a step, and 0.15 ms for some ten small kernels.
 H100_8B = Roofline(
     weight_bytes=2 * 7.5e9,

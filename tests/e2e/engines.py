@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import v2_on_cpu
+from testbed import v2_on_cpu
 from transformers import AutoModelForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -77,7 +77,7 @@ def in_this_process(num_ranks: int = 1) -> Iterator[None]:
 
             patch.setattr(Sampler, "sample", v2_on_cpu.minding_types(Sampler.sample))
             patch.setattr(platform, "on_gpu", lambda: True)
-            patch.setattr(bita_config, "GPU_WORKER_CLS", "v2_on_cpu.Worker")
+            patch.setattr(bita_config, "GPU_WORKER_CLS", "testbed.v2_on_cpu.Worker")
             patch.setattr(triton_attn, "triton_reshape_and_cache_flash", v2_on_cpu.write_kv)
             # Its Triton kernel does not run in the interpreter; the other path is vLLM's too.
             patch.setattr(topk_topp_sampler, "HAS_TRITON", False)

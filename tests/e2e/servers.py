@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from server_process import ServerProcess
+from testbed.server_process import ServerProcess
 
 # They end a hang, and no more: the machine may be busy. On an idle one a server starts in 20 s.
 START_TIMEOUT_S = 600

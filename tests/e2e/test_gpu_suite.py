@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 from e2e.engines import ON_GPU_RUNNER
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from gpu.requests import KINDS
 
 from bita_vllm.tree.ladder import Ladder

@@ -1,16 +1,11 @@
 """`make soak` in small: mixed requests on a real server with bita, beside a plain one."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from e2e.engines import ON_GPU_RUNNER, make_adapter
 from e2e.servers import environment
-from transformers import AutoTokenizer
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from soak import faults, rows_of, soak, table
 from soak_requests import MIX, count_by_kind, requests
+from transformers import AutoTokenizer
 
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder

@@ -1,13 +1,8 @@
 """The engines of `make gpu-suite`: processes that take turns, and what is left of one that cannot start."""
 
-import sys
-from pathlib import Path
-
+import gpu.engines
 import pytest
 from e2e.engines import ON_GPU_RUNNER
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import gpu.engines
 from gpu.engines import Arm, Engines, Failed, Task
 from gpu.machine import Machine
 from gpu.models import make_adapter, some_prompts

@@ -7,7 +7,7 @@ import pytest
 import torch
 from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, random_mask_lora
 from e2e.inspection import compare_with_trainer, recorded_groups
-from tiny_models import ARCHITECTURES
+from testbed.tiny_models import ARCHITECTURES
 from vllm import SamplingParams
 
 K = 3

@@ -1,13 +1,8 @@
-"""The cases that compute-sanitizer watches on a GPU (benchmarks/gpu/memcheck.py), interpreted."""
+"""The cases that compute-sanitizer watches on a GPU (benchmarks/memcheck.py), interpreted."""
 
-import sys
-from pathlib import Path
-
+import memcheck
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from gpu import memcheck
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bita_kernels.accept_tree import accept_tree_naive
 from bita_kernels.tree_table import TreeTable
 from gpu import engines
@@ -23,7 +21,7 @@ from gpu.report import EAGLE_3, interval, ratios
 from gpu.requests import figures
 from gpu.throughput import arriving_tasks, closed_tasks
 from gpu.tokens import beside_plain, differences
-from recorded_ranks import recorded_ranks
+from testbed.recorded_ranks import recorded_ranks
 
 from bita_vllm.tree import Template, TemplateTable
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import make_tiny_model
+from testbed.tiny_models import make_tiny_model
 
 from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import AdapterConfig, AdapterError

@@ -1,21 +1,16 @@
-"""`benchmarks/kernels.py`: what one point's failure may cost, and when a row is on the disk."""
+"""`benchmarks/kernel_benchmark.py`: what one point's failure may cost, and when a row is on the disk."""
 
 import csv
 import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
+import kernel_benchmark as kernels
+import kernel_providers
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import kernel_providers
 from kernel_cases import SHAPES, Case
 from kernel_providers import PROVIDERS, Provider, Unavailable
-
-sys.modules.pop("kernels", None)  # the folder of that name, if another test found it
-kernels = import_module("kernels")
 
 ARGV = ["--quick", "--device", "cpu", "--context", "16", "--requests", "1", "2", "--rows", "4"]
 
@@ -23,7 +18,7 @@ ARGV = ["--quick", "--device", "cpu", "--context", "16", "--requests", "1", "2",
 def run(monkeypatch, folder: Path, *argv: str) -> list[dict[str, str]]:
     out = folder / "kernels.csv"
     monkeypatch.setattr(kernels, "REPEATS", 3)
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *ARGV, *argv, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["kernel_benchmark.py", *ARGV, *argv, "--out", str(out)])
     kernels.main()
     return list(csv.DictReader(out.open()))
 

@@ -1,16 +1,13 @@
-"""The peers of benchmarks/kernels.py: what we hand them, with naive arithmetic in place of their CUDA kernels."""
+"""The peers of kernel_benchmark.py: what we hand them, with naive arithmetic in place of their CUDA kernels."""
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
+import kernel_peers
 import pytest
 import torch
-from naive_flash import NaiveFlash
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import kernel_peers
 from kernel_cases import BLOCK_SIZE, SHAPES, Case
+from naive_flash import NaiveFlash
 
 ROWS = pytest.mark.parametrize("num_rows", [1, 16], ids=["R1", "R16"])
 

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from attention_model import Pace, Shape, split_lengths
 from deltas_model import CurrentDeltas
 from performance_model import ADAPTERS, ladder_of

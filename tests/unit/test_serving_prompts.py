@@ -1,16 +1,12 @@
 """What `benchmarks/serving.py` asks, and in which order."""
 
 import json
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
-from tiny_models import make_tokenizer
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from serving import schedule
 from serving_prompts import DatasetError, as_chat, long_context, mt_bench, requests_for
+from testbed.tiny_models import make_tokenizer
 
 TOKENIZER = make_tokenizer(935)
 

@@ -2,13 +2,9 @@
 
 import csv
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from scipy import stats
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from serving_report import beside_plain, decode_figures, interval, report, summarise
 
 

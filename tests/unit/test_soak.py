@@ -1,19 +1,15 @@
 """What `benchmarks/soak.py` asks, and what it calls a fault."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from tiny_models import make_tokenizer
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from soak import BITA, LEGS, PLAIN, Result, faults, rows_of, table
 from soak_client import Answer
 from soak_compare import Difference
 from soak_requests import MIX, count_by_kind, follows_schema, requests
 from soak_server import State
 from soak_worker import container_sizes
+from testbed.tiny_models import make_tokenizer
 
 TOKENIZER = make_tokenizer(935)
 MADE = requests(40, TOKENIZER, "model", 200, 32, seed=0)

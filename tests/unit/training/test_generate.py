@@ -24,7 +24,7 @@ WITH_BOS = "<pad>{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{%
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tiny_models import make_tokenizer
+    from testbed.tiny_models import make_tokenizer
 
     tokenizer = make_tokenizer(935)
     tokenizer.chat_template = CHATML

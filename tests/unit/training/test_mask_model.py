@@ -3,10 +3,10 @@
 from copy import deepcopy
 from types import SimpleNamespace
 
-import naive_training
 import pytest
 import torch
-from tiny_models import ARCHITECTURES
+from testbed import naive_training
+from testbed.tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from bita_vllm.adapter.checkpoint import random_adapter

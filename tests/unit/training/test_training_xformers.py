@@ -3,13 +3,8 @@
 Its operators need CUDA, so a plain softmax of the same signature stands in for them.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from training_xformers import in_place_of_flex
 
 from bita_vllm.training.mask_attention import MaskPass

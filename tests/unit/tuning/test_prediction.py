@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from recorded_ranks import recorded_predictions, recorded_ranks
+from testbed.recorded_ranks import recorded_predictions, recorded_ranks
 
 from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths, chosen_lengths
 from bita_vllm.training.set_search import find_set

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recorded_ranks import recorded_predictions, recorded_ranks
+from testbed.recorded_ranks import recorded_predictions, recorded_ranks
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.training.evaluate import (

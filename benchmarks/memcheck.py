@@ -1,17 +1,13 @@
 """Small cases of every kernel, each compared with its naive twin: what `compute-sanitizer` watches.
 
-compute-sanitizer --tool memcheck python benchmarks/gpu/memcheck.py
+compute-sanitizer --tool memcheck python benchmarks/memcheck.py
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[2]))
 
 import torch
 from bita_kernels.accept_tree import accept_tree, accept_tree_naive

@@ -1,7 +1,7 @@
 """Time of tree attention beside its peers, and beside the least time that memory allows.
 
-    python benchmarks/kernels.py                  # on a GPU: the whole sweep, about 600 points
-    python benchmarks/kernels.py --quick          # on a CPU: the naive and SDPA rows, two minutes on one slow core
+    python benchmarks/kernel_benchmark.py  # on a GPU: the whole sweep, about 600 points
+    python benchmarks/kernel_benchmark.py --quick  # on a CPU: the naive and SDPA rows, two minutes on one slow core
 
 Every provider gets the same queries, KV cache and block tables, and its first output is compared with
 float64. On a GPU a provider's calls for all layers are one CUDA graph, and replays are timed; on a CPU the calls

@@ -6,7 +6,7 @@ import numpy as np
 
 from bita_vllm.training.evaluate import Predictions
 
-FILE = Path(__file__).parent / "data" / "answer_ranks.npz"
+FILE = Path(__file__).parents[2] / "tests" / "data" / "answer_ranks.npz"
 PROBABILITIES = FILE.with_name("answer_probabilities.npz")
 PER_NAT = 16  # recorded as whole sixteenths of a nat, up to 255
 
