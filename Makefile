@@ -53,6 +53,7 @@ quality: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy bita_vllm kernels
+	$(BIN)/lint-imports --no-cache
 
 bench-cpu: venv model
 	$(FAST) $(BIN)/python benchmarks/cpu_throughput.py $(ARGS)
