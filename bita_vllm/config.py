@@ -94,7 +94,7 @@ def build_speculative_config(
         mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
     # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
-    # its config may not have one (scheduler.py).
+    # its config may not have one (scheduling/scheduler.py).
     always_widest = {width for *_, width in ladder.batch_sizes} == {settings.num_speculative_tokens}
     by_batch_size = list(ladder.batch_sizes) if platform.on_gpu() and not always_widest else None
     return BitaSpeculativeConfig(

@@ -1,12 +1,12 @@
 """The adapter checkpoint: load, check, save, random initialisation.
 
-A directory in the `speculators` format: `config.json` (adapter_config.py), `model.safetensors` with
+A directory in the `speculators` format: `config.json` (config.py), `model.safetensors` with
 
     mask_embeddings  [k, H]            input embeddings of the k mask tokens
     prompt_keys      [L, P, Hkv, D]    keys of the P prompt tokens, as attention reads them: no RoPE
     prompt_values    [L, P, Hkv, D]    their values
 
-and maybe `mask_lora/` (mask_lora.py): low-rank deltas of the linear layers, for mask rows only.
+and maybe `mask_lora/` (deltas.py): low-rank deltas of the linear layers, for mask rows only.
 """
 
 import json

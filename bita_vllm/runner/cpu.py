@@ -324,7 +324,7 @@ class BitaCPUModelRunner(CPUModelRunner):
         else:
             upcoming = blocks.next_blocks(walk, templates.max_depth)
         mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
-        # Bitmasks are made for first templates only: `grammar.py` knows a tree by its rows.
+        # Bitmasks are made for first templates only: `scheduling/grammar.py` knows a tree by its rows.
         chooses = templates.has_choice and not scheduler_output.has_structured_output_requests
         if blocks is None or not len(mask_rows):
             top_tokens = torch.zeros(0, templates.max_rank, dtype=torch.int64)

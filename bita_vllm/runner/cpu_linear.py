@@ -5,7 +5,7 @@ AVX-512 it takes twice the time that memory needs for one row, and twice as long
 Source: dispatch_cpu_unquantized_gemm (vllm/model_executor/layers/utils.py).
 
 On a CPU with AVX512-BF16, layers in bfloat16 keep oneDNN's product in plain steps, which are plain vLLM's; steps with
-blocks, whose model is a form of its own (block_form.py), multiply weights packed for them.
+blocks, whose model is a form of its own (cpu_block_form.py), multiply weights packed for them.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class BlockSpeculator(BaseSpeculator):
     Attributes:
         logits: `[rows, V]` of the step's nodes and mask rows, where one pass gave both; None after `propose`.
         constrained: whether a request of the step has a grammar: bitmasks are made for first templates only
-            (`grammar.py`).
+            (`scheduling/grammar.py`).
     """
 
     draft_logits = None

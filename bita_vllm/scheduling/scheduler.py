@@ -38,8 +38,8 @@ logger = init_logger("vllm.bita")
 class _BlockScheduler(Scheduler):
     """Stock scheduling; all draft metrics count depths offered and depths accepted, never rows.
 
-    Widths are those of the ladder's table, which follows what steps take and what is accepted (tuning/online.py);
-    requests whose blocks do not pay go without for a while (tuning/accounts.py). Blocks never take the budget of
+    Widths are those of the ladder's table, which follows what steps take and what is accepted (online.py);
+    requests whose blocks do not pay go without for a while (accounts.py). Blocks never take the budget of
     root rows and prefill (token_budget.py).
     """
 

@@ -41,7 +41,7 @@ def cover_widths(vllm_config: VllmConfig) -> None:
 def most_requests(vllm_config: VllmConfig) -> dict[int, int]:
     """Width -> the most requests of a step that may have it.
 
-    The table from batch size to width may change while serving (tuning/online.py). Its largest step with blocks, in
+    The table from batch size to width may change while serving (scheduling/online.py). Its largest step with blocks, in
     rows, bounds all widths: a step of more rows would cost more than any that was found to pay.
     """
     scheduler = vllm_config.scheduler_config

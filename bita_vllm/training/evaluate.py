@@ -182,7 +182,7 @@ def template_choice(
 
 
 def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The table that template choice needs (`tree_search.acceptance_table`), and what it is over.
+    """The table that template choice needs (`tree.search.acceptance_table`), and what it is over.
 
     `rank_probability` `[k][NUM_RANKS]` is P(the candidate of rank r of mask j is the token | the
     tokens before it were accepted). Which places that leaves depends on the tree: they are those

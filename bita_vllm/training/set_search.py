@@ -1,7 +1,7 @@
 """Finds the trees of a template set: those whose best promise, block by block, is greatest on recorded answers.
 
 The first is the best template on its own. Each further one is moved about, node by node and mask row by mask
-row, as long as the mean over recorded blocks of the best promise grows (`line_choice.py`).
+row, as long as the mean over recorded blocks of the best promise grows (`tree/choice.py`).
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ def promise_weight(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> np.ndarray:
-    """`[C, N]` what a node adds to a promise (`line_choice.py`), by the probability that its masks give it.
+    """`[C, N]` what a node adds to a promise (`choice.py`), by the probability that its masks give it.
 
     Its worth, times how much more or less often the statistics see the candidates on the way right after a
     lower candidate than after a top one: a mask does not know which token comes before its own.

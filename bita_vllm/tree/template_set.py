@@ -2,7 +2,7 @@
 
 Where the masks are sure of themselves a deep, narrow tree is worth most, where they are not a broad one
 (the idea of EAGLE-2, arXiv 2406.16858, with shapes that are known beforehand, as CUDA graphs want it).
-`line_choice.py` chooses while serving, `training/set_search.py` finds the trees.
+`choice.py` chooses while serving, `training/set_search.py` finds the trees.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def choose_ladder(
     """The ladder, and what is expected of each batch size from 1 to `max_batch_size`.
 
     Args:
-        acceptance: as `tree_search.acceptance_table` makes it.
+        acceptance: as `tree.search.acceptance_table` makes it.
         cost: of a step on the machine.
         max_batch_size: larger ones take its width.
         context: mean context of a request, in tokens.

@@ -22,7 +22,7 @@ METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__", "_
 METHODS += ("__float__", "__index__", "__array__")
 # Tensors that live on the host by design: file and function.
 HOST_TENSORS = {
-    ("gpu_targets.py", "of"),
+    ("gpu_sampling.py", "of"),
     ("gpu_metadata.py", "of"),
 }  # input_batch.seq_lens_cpu_upper_bound
 aten = torch.ops.aten

@@ -29,7 +29,7 @@ MODELS = {
     "tied head, one module": ("gemma2", {}),
 }
 if ON_GPU_RUNNER:
-    # The interpreter's worker is vLLM's CPU worker, whose own tied head keeps the old weights (runner/reload_cpu.py).
+    # The interpreter's worker is vLLM's CPU worker, whose own tied head keeps the old weights (runner/cpu_reload.py).
     del MODELS["tied head"]
 
 
