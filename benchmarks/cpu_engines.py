@@ -102,7 +102,7 @@ def engine_facts(vllm_config: Any) -> dict[str, Any]:
     spec = vllm_config.speculative_config
     if spec is None:
         return {"rows": 1, "block": "one row"}
-    from bita_vllm.settings import get_settings
+    from bita_vllm.step.settings import get_settings
 
     settings = get_settings(vllm_config)
     assert settings is not None

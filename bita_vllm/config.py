@@ -20,7 +20,7 @@ from bita_vllm.adapter.config import AdapterConfig, ModelShape
 from bita_vllm.scheduling.default_rows import Machine, default_ladder
 from bita_vllm.scheduling.row_options import choose_ladder
 from bita_vllm.scheduling.token_budget import within_budget
-from bita_vllm.settings import BitaSettings, BitaSpeculativeConfig, ConfigError
+from bita_vllm.step.settings import BitaSettings, BitaSpeculativeConfig, ConfigError
 from bita_vllm.system import platform
 from bita_vllm.tree.ladder import Ladder, ranges_of
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bita_vllm import hooks, patches, support
+from bita_vllm.hooks.check import check_source
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _check_plugin() -> Check:
 
 def _check_hooks(package_dir: Path) -> Iterator[Check]:
     checked = patches.PATCHES + hooks.OVERRIDES
-    problems = {p.hook.target: p for p in support.check_source(package_dir, checked)}
+    problems = {p.hook.target: p for p in check_source(package_dir, checked)}
     for hook in checked:
         problem = problems.get(hook.target)
         yield Check(f"hook {hook.target}", problem is None, f"{problem}" if problem else hook.why)

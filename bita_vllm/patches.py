@@ -17,6 +17,7 @@ from typing import Any
 
 from bita_vllm import support
 from bita_vllm.hooks import Function, Hook, Problem
+from bita_vllm.hooks.check import check_installed, function_of, locate, stored_attribute
 
 logger = logging.getLogger("vllm.bita")
 
@@ -60,8 +61,8 @@ def _create_speculative_config(original: Function, self: Any, *args: Any, **kwar
 def _create_engine_config(original: Function, self: Any, *args: Any, **kwargs: Any) -> Any:
     vllm_config = original(self, *args, **kwargs)
     from bita_vllm import config
-    from bita_vllm.settings import get_settings
     from bita_vllm.step import graphs
+    from bita_vllm.step.settings import get_settings
 
     settings = get_settings(vllm_config)
     if settings is not None:
@@ -78,7 +79,7 @@ def _build_vllm_speculative_config(original: Function, cls: Any, config_dict: An
 
 
 def _validate_spec_decode(original: Function, self: Any, speculative_config: Any) -> None:
-    from bita_vllm.settings import BitaSpeculativeConfig
+    from bita_vllm.step.settings import BitaSpeculativeConfig
 
     if not isinstance(speculative_config, BitaSpeculativeConfig):
         original(self, speculative_config)
@@ -99,7 +100,7 @@ def _validate_model_input(
 def _spec_decoding_prom(
     original: Function, self: Any, speculative_config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    from bita_vllm.settings import BitaSpeculativeConfig
+    from bita_vllm.step.settings import BitaSpeculativeConfig
 
     if isinstance(speculative_config, BitaSpeculativeConfig):
         speculative_config = copy.copy(speculative_config)
@@ -166,7 +167,7 @@ def apply() -> list[Problem]:
     """Apply every patch once; if a row does not hold, only what refuses bita in one sentence."""
     if _APPLIED:
         return []
-    problems = support.check_installed(PATCHES)
+    problems = check_installed(PATCHES)
     usable = not problems and support.is_supported(support.vllm_version())
     for problem in problems:
         logger.warning("bita: %s (%s); plain vLLM is unchanged.", problem, problem.hook.why)
@@ -192,14 +193,14 @@ def _asks_for_bita(args: Any) -> bool:
 
 
 def _apply(hook: Hook) -> None:
-    owner, name = support.locate(hook.target)
-    stored = support.stored_attribute(owner, name)
-    new = _patched(support.function_of(stored), hook.patch)
+    owner, name = locate(hook.target)
+    stored = stored_attribute(owner, name)
+    new = _patched(function_of(stored), hook.patch)
     if isinstance(stored, staticmethod | classmethod):
         new = type(stored)(new)
     setattr(owner, name, new)
     _UNDO.append(functools.partial(setattr, owner, name, stored))
-    _APPLIED[hook.target] = support.function_of(stored)
+    _APPLIED[hook.target] = function_of(stored)
 
 
 def _patched(original: Function, patch: Any) -> Any:

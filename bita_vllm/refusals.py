@@ -13,7 +13,8 @@ from vllm.config import ModelConfig
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm import hooks, support
-from bita_vllm.settings import FP8_CACHES, BitaSettings, ConfigError, get_settings
+from bita_vllm.hooks.check import check_installed, check_source
+from bita_vllm.step.settings import FP8_CACHES, BitaSettings, ConfigError, get_settings
 from bita_vllm.system import platform
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def require_support(patches: tuple[hooks.Hook, ...]) -> None:
         raise ConfigError(
             f"bita works with vLLM {works}, but this is vLLM {version}; install one of those."
         )
-    problems = support.check_installed(patches) + support.check_source(
-        Path(vllm.__file__).parent, hooks.OVERRIDES
-    )
+    problems = check_installed(patches) + check_source(Path(vllm.__file__).parent, hooks.OVERRIDES)
     if problems:
         listed = "; ".join(map(str, problems))
         raise ConfigError(

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImplBase, AttentionLayer
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
 from bita_vllm.attention.gpu_metadata import BlockMetadata, StepMetadata, StepMetadataBuilder
-from bita_vllm.settings import FP8_CACHES
+from bita_vllm.step.settings import FP8_CACHES
 
 if TYPE_CHECKING:
     # it does not import everywhere

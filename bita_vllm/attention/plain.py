@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from bita_vllm.hooks import PLAIN_HOOKS
-from bita_vllm.support import check_installed
+from bita_vllm.hooks.check import check_installed
 
 if TYPE_CHECKING:  # it does not import everywhere
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl

@@ -37,8 +37,8 @@ from bita_vllm.runner.cpu_linear import (
 from bita_vllm.runner.cpu_reload import renewed_products
 from bita_vllm.runner.cpu_sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
-from bita_vllm.settings import DrafterSeat, get_settings
 from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
+from bita_vllm.step.settings import DrafterSeat, get_settings
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.ladder import PLAIN_WIDTH

@@ -51,8 +51,8 @@ from bita_vllm.runner.loading import (
     put_in_adapter,
     replaced,
 )
-from bita_vllm.settings import BitaSettings, get_settings
 from bita_vllm.step.device import StepTrees
+from bita_vllm.step.settings import BitaSettings, get_settings
 from bita_vllm.system.platform import speed_of_first_gpu
 from bita_vllm.tree.search import acceptance_table
 

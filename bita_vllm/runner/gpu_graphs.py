@@ -13,8 +13,8 @@ from typing import Any
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
-from bita_vllm.settings import BitaSpeculativeConfig
 from bita_vllm.step.graphs import most_requests
+from bita_vllm.step.settings import BitaSpeculativeConfig
 
 # Piecewise graphs with low-rank deltas are told apart by vLLM's number of active LoRA adapters: bita runs without
 # vLLM's LoRA, so it has no other meaning.

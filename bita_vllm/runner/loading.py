@@ -25,8 +25,8 @@ from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.runner.delta_layers import AddMaskLora, PackMaskLora, put_in_mask_lora
 from bita_vllm.runner.embedding import insert_mask_embedding
-from bita_vllm.settings import BitaSettings
 from bita_vllm.step.mask_rows import MaskRows
+from bita_vllm.step.settings import BitaSettings
 
 logger = init_logger("vllm.bita")
 

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from bita_vllm.adapter.config import AdapterConfig
-from bita_vllm.settings import ConfigError
+from bita_vllm.step.settings import ConfigError
 from bita_vllm.tree import MAX_ROWS, Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
 from bita_vllm.tree.template_set import TemplateSet, set_within

@@ -21,8 +21,8 @@ from bita_vllm.scheduling.engine_process import end_with_front_end
 from bita_vllm.scheduling.grammar import BlockGrammar
 from bita_vllm.scheduling.online import policy_of
 from bita_vllm.scheduling.token_budget import leave_out_blocks, prefill_tokens, within_budget
-from bita_vllm.settings import get_settings
 from bita_vllm.step.graphs import most_requests
+from bita_vllm.step.settings import get_settings
 from bita_vllm.system import platform
 from bita_vllm.tree import TemplateTable
 

@@ -1,1 +1,1 @@
-"""The blocks of one step: on the host, on the device, and in CUDA graphs."""
+"""One step of the engine: its blocks on the host, on the device and in CUDA graphs, and the settings they follow."""

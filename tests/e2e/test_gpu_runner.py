@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 
 from bita_vllm import config as bita_config
 from bita_vllm.runner.loading import attention_backend
-from bita_vllm.settings import get_settings
+from bita_vllm.step.settings import get_settings
 from bita_vllm.system import platform
 
 pytestmark = [

@@ -18,7 +18,7 @@ MEMORY_LIMIT = 64 << 20
 PLUGIN_MODULES = {
     "bita_vllm",
     *(f"bita_vllm.{name}" for name in ("plugin", "patches", "support", "hooks")),
-    *(f"bita_vllm.hooks.{name}" for name in ("hook", "cpu", "gpu", "deltas")),
+    *(f"bita_vllm.hooks.{name}" for name in ("hook", "check", "cpu", "gpu", "deltas")),
 }
 
 # Run as a script of its own: a plain engine, or one with bita; prints one line of JSON.

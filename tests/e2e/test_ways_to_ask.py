@@ -11,7 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from bita_vllm import plugin
 from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
 from bita_vllm.adapter.config import ModelShape
-from bita_vllm.settings import get_settings
+from bita_vllm.step.settings import get_settings
 
 plugin.register()
 

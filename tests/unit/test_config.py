@@ -26,7 +26,7 @@ from bita_vllm.adapter.config import ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
 from bita_vllm.config import check_engine
 from bita_vllm.scheduling import default_rows, row_options
-from bita_vllm.settings import get_settings
+from bita_vllm.step.settings import get_settings
 from bita_vllm.system import platform
 from bita_vllm.system.machine import cpu_name
 from bita_vllm.tree import Template
@@ -270,7 +270,7 @@ def test_compile_cache_does_not_mix_packed_layers_with_vllms(make):
 def test_compile_cache_does_not_mix_versions(make, monkeypatch):
     config = make()
     before = config.compute_hash()
-    monkeypatch.setattr("bita_vllm.settings.__version__", "0.0.1")
+    monkeypatch.setattr("bita_vllm.step.settings.__version__", "0.0.1")
     assert config.compute_hash() != before
 
 

@@ -20,8 +20,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from bita_vllm import hooks, patches, plugin, support
-from bita_vllm.settings import ConfigError
-from bita_vllm.support import check_source, compare_signatures, source_node, source_signatures
+from bita_vllm.hooks.check import (
+    check_installed,
+    check_source,
+    compare_signatures,
+    locate,
+    source_node,
+    source_signatures,
+)
+from bita_vllm.step.settings import ConfigError
 
 SIGNATURES = Path(__file__).parents[1] / "data" / "vllm_0_33_signatures.json"
 HOOKS = patches.PATCHES + hooks.OVERRIDES + hooks.PLAIN_HOOKS
@@ -62,7 +69,7 @@ def test_installed_vllm_has_every_hook():
 
 
 def test_inspect_and_source_agree_on_signatures(unpatched):
-    assert support.check_installed(HOOKS) == []
+    assert check_installed(HOOKS) == []
 
 
 def test_vllm_0_33_has_every_hook():
@@ -90,7 +97,7 @@ def test_every_hook_says_why():
 
 @pytest.mark.parametrize("hook", patches.PATCHES, ids=lambda hook: hook.target.rpartition(":")[2])
 def test_undo_restores_the_original(hook, unpatched):
-    owner, name = support.locate(hook.target)
+    owner, name = locate(hook.target)
     before = vars(owner)[name]
     plugin.register()
     assert vars(owner)[name] is not before
