@@ -19,7 +19,7 @@ from bita_vllm.scheduling.seen_cost import SeenCost
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
 from bita_vllm.tree.markov import reach_by_depths
-from bita_vllm.tree.search import Draft, acceptance_table, evaluate, padded_drafts
+from bita_vllm.tree.search import Draft, acceptance_table, evaluate, padded_drafts, scaled
 from bita_vllm.tree.template_set import TemplateSet, templates_of
 from bita_vllm.tuning.choose import (
     MIN_GAIN,
@@ -330,6 +330,7 @@ def policy_of(
     cost = MeasuredCost(points)
     adapter = AdapterConfig.load(adapter_dir)
     acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
+    acceptance = scaled(acceptance, ladder.provenance.get("acceptance_reached", 1.0))
     return WidthPolicy(
         ladder,
         acceptance,

@@ -78,6 +78,7 @@ class LadderProvenanceSchema(_Schema):
 
     device: str | None = None
     most_rows: float | None = Field(default=None, ge=0)
+    acceptance_reached: float | None = Field(default=None, ge=0, le=1 << 10)
     step_seconds: list[StepSeconds] | None = Field(default=None, max_length=10_000)
 
 

@@ -64,8 +64,8 @@ class Generator:
         written, barren = len(writer.done), 0
         with _progress(written, num_samples) as bar:
             while written < num_samples:
-                prompts = self._own_prompts(turn, written, barren, num_samples - written)
-                samples = self._answers(prompts)[: num_samples - written]
+                prompts = self.own_prompts(turn, written, barren, num_samples - written)
+                samples = self.answers(prompts)[: num_samples - written]
                 bar.set_postfix_str(str(self.filter))
                 barren = 0 if samples else barren + 1
                 if barren == MAX_BARREN_BATCHES:
@@ -88,12 +88,12 @@ class Generator:
                 batch = list(islice(waiting, size))
                 if not batch:
                     break
-                samples = self._answers(batch)
+                samples = self.answers(batch)
                 writer.append(samples)
                 written += len(samples)
                 bar.update(len(samples))
 
-    def _own_prompts(
+    def own_prompts(
         self, turn: UserTurn, written: int, attempt: int, missing: int
     ) -> list[tuple[str, list[int]]]:
         """A batch of new prompts that passed the filter: (text, ids with chat template)."""
@@ -133,7 +133,7 @@ class Generator:
                 known.add(tuple(ids))
                 yield text, ids
 
-    def _answers(self, prompts: Sequence[tuple[str, list[int]]]) -> list[Sample]:
+    def answers(self, prompts: Sequence[tuple[str, list[int]]]) -> list[Sample]:
         """The model's greedy answers, without those too short to be of use."""
         from vllm import SamplingParams
 

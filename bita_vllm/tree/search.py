@@ -118,6 +118,17 @@ def acceptance_table(acceptance: Mapping[str, Any] | None, num_masks: int) -> np
     return table
 
 
+def scaled(
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+    factor: float,
+) -> np.ndarray:
+    """`[ages, 2, k, ranks]` acceptance times a factor; the ranks of a mask still sum to at most 1."""
+    table = acceptance * factor
+    scaled_table: np.ndarray = table / np.maximum(table.sum(axis=-1, keepdims=True), 1.0)
+    return scaled_table
+
+
 @dataclass(frozen=True)
 class Draft:
     """A template in the making, nodes in any order that has parents first.

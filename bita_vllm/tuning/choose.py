@@ -30,7 +30,7 @@ class Choice:
         accepted_length: tokens a request gets a step.
         seconds: of a step.
         gain: tokens a second over plain decoding's.
-        spread: how far the gain may be off for what the measured seconds may, relative to it.
+        spread: how far the gain may be off, relative to it, for what was measured: seconds and accepted length.
     """
 
     batch_size: int
@@ -53,6 +53,7 @@ def choose_ladder(
     sets: Mapping[int, TemplateSet] | None = None,
     min_gain: float = MIN_GAIN,
     most_rows: float = np.inf,
+    length_spread: float = 0.0,
     provenance: dict[str, Any] | None = None,
 ) -> tuple[Ladder, list[Choice]]:
     """The ladder, and what is expected of each batch size from 1 to `max_batch_size`.
@@ -67,6 +68,7 @@ def choose_ladder(
         sets: by row budget, where blocks are to choose among several trees.
         min_gain: a template has to promise so much more than plain decoding.
         most_rows: of a step with blocks, over all requests.
+        length_spread: how far accepted lengths may be off, relative to them.
         provenance: stored in the ladder.
     """
     by_budget = dict(sets or {})
@@ -85,6 +87,7 @@ def choose_ladder(
     spread = np.zeros_like(gains)  # a prediction's is in `min_gain`
     if isinstance(cost, MeasuredCost):
         spread[:] = [[cost.spread(n, n * r) for n in batch_sizes] for r in rows.tolist()]
+    spread = np.hypot(spread, length_spread)
     index, gain = fastest(gains, np.maximum(spread, min_gain))
     choices = [
         Choice(n, PLAIN_WIDTH, 1.0, float(plain[n - 1]), 1.0, 0.0)

@@ -28,9 +28,9 @@ STEPS_TO_SETTLE = 2
 STEPS_A_ROUND = 4
 # With async scheduling a step's output may come while the next one runs: only many steps together tell the time.
 STEPS_TOGETHER = 8
-# Rounds go on until every interval is as narrow as this, relative to its middle, or this many were timed.
+# Rounds go on until every interval is as narrow as this, relative to its middle, or have taken this long.
 PRECISION = 0.02
-MOST_ROUNDS = 24
+MOST_SECONDS = 15.0
 # A machine is warm when a round takes no less than this share of the one before it.
 STEADY = 0.97
 MOST_WARM_UPS = 12
@@ -58,7 +58,7 @@ def profile_steps(
         num_steps: steps timed at each point at least.
     """
     points: list[Point] = []
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(llm)
     together = STEPS_TOGETHER if scheduler.scheduler_config.async_scheduling else 1
     per_round = max(STEPS_A_ROUND, together)
     fewest_rounds = max(min_rounds(), -(-num_steps // per_round))
@@ -71,8 +71,11 @@ def profile_steps(
                 break
             before = seconds
         rounds: list[Round] = []
+        begin = time.monotonic()
         with tqdm(desc=f"timing steps, {n} requests", unit="round") as bar:
-            while len(rounds) < fewest_rounds or not is_precise(rounds):
+            while len(rounds) < fewest_rounds or not (
+                is_precise(rounds) or time.monotonic() - begin > MOST_SECONDS
+            ):
                 # Every other round backwards, so that drift hits all alike.
                 rounds.append(
                     _time_round(llm, n, order[:: 1 - 2 * (len(rounds) % 2)], per_round, together)
@@ -87,7 +90,7 @@ def profile_steps(
 def is_precise(rounds: Sequence[Round]) -> bool:
     """Whether more rounds are not worth their time."""
     _, found = compare_with_plain(rounds)
-    return len(rounds) >= MOST_ROUNDS or all(c.spread <= PRECISION for c in found.values())
+    return all(c.spread <= PRECISION for c in found.values())
 
 
 def _seconds(one: Round) -> float:
@@ -98,11 +101,11 @@ def _time_round(
     llm: Any, num_requests: int, widths: Sequence[int], num_steps: int, together: int
 ) -> Round:
     """Steps of all widths on the same requests."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(llm)
     found = {}
     with _decoding(llm, num_requests) as step:
         for width in widths:
-            _set_width(scheduler, width)
+            set_width(scheduler, width)
             _timed(step, STEPS_TO_SETTLE)
             found[width] = [_timed(step, together) for _ in range(num_steps // together)]
     return found
@@ -128,7 +131,12 @@ def kv_cache_bytes(
     return tokens * values * bytes_a_value
 
 
-def _set_width(scheduler: Any, width: int) -> None:
+def scheduler_of(llm: Any) -> Any:
+    """Of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def set_width(scheduler: Any, width: int) -> None:
     """Every later block has it, whatever the batch size."""
     scheduler.dynamic_sd_lookup = [width] * len(scheduler.dynamic_sd_lookup)
 
@@ -167,7 +175,7 @@ def _decoding(llm: Any, num_requests: int) -> Iterator[Callable[[], int]]:
     names = [f"profile-{num_requests}-{i}" for i in range(num_requests)]
     scheduler.schedule = counting
     try:
-        _set_width(scheduler, PLAIN_WIDTH)
+        set_width(scheduler, PLAIN_WIDTH)
         for i, name in enumerate(names):
             prompt = [(7 * i + 3 * place) % config.get_vocab_size() for place in range(PROMPT_LEN)]
             engine.add_request(name, {"prompt_token_ids": prompt}, params)

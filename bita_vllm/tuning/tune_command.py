@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,11 +17,14 @@ from bita_vllm.training.base_model import DTYPES
 if TYPE_CHECKING:
     from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.tree.ladder import Ladder
+    from bita_vllm.tuning.answers import Answers
     from bita_vllm.tuning.choose import Choice
     from bita_vllm.tuning.cost import Point
 
-# What decides the cost of a step: a profile of the same is not measured again.
-PROFILE_KEYS = ("model", "device", "cores", "dtype", "engine_args", "vllm", "torch")
+# What decides the cost of a step and the acceptance of drafts: of the same, nothing is measured again.
+PROFILE_KEYS = (
+    "model", "device", "cores", "dtype", "engine_args", "vllm", "torch", "acceptance_statistics"
+)  # fmt: skip
 # What is timed where nothing else is asked for.
 ON_CPU = {"requests": [1, 2, 4, 8, 16], "rows": [4, 8, 16, 32], "steps": 8, "max_num_seqs": 64}
 ON_GPU = {
@@ -29,6 +33,8 @@ ON_GPU = {
     "steps": 64,
     "max_num_seqs": 256,
 }
+
+USUAL_WIDTH = 7  # blocks of 8 rows: of the sizes timed, answers are drafted with the nearest
 
 
 def add_parser(subparsers: Any) -> None:
@@ -95,8 +101,9 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree.ladder import LADDER_FILE
-    from bita_vllm.tree.search import MIN_ROWS, acceptance_table
+    from bita_vllm.tree.search import MIN_ROWS, acceptance_table, best_templates, scaled
     from bita_vllm.tree.template_set import saved_sets
+    from bita_vllm.tuning.answers import ANSWER_TOKENS, acceptance_reached
     from bita_vllm.tuning.choose import choose_ladder
     from bita_vllm.tuning.cost import MeasuredCost
 
@@ -126,34 +133,51 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
         "cores": len(os.sched_getaffinity(0)),
         "dtype": args.dtype if on_gpu else choose_dtype(args.dtype, "cpu"),
         "engine_args": engine_args,
+        "acceptance_statistics": f"{zlib.crc32(acceptance.tobytes()):08x}",
         **versions(),
     }
-    points = None if args.again else _points_of(path, provenance)
-    if points is None:
+    measured = None if args.again else _measured_before(path, provenance)
+    if measured is None:
         options = {"revision": args.revision, "dtype": provenance["dtype"], **engine_args}
-        points = _profile(args, model, config, acceptance, options, on_gpu)
+        measured = _measure(args, model, config, acceptance, options, on_gpu)
     else:
         print(f"step times are taken from {path}; --again times them anew.")
+    points, answers = measured
+    reached = 1.0
+    if answers is not None:
+        (template,) = best_templates([answers.rows], acceptance)
+        reached = acceptance_reached(acceptance, template, answers.accepted_length)
+        print(
+            f"{answers.tokens} tokens of answers, {ANSWER_TOKENS} at most each, came with "
+            f"{answers.accepted_length:.2f} a step in blocks of {answers.rows} rows: {reached:.2f} times the "
+            "acceptance in the adapter's statistics."
+        )
     provenance |= {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "acceptance": "typical" if config.acceptance is None else "of the adapter",
+        "acceptance_reached": reached,
+        "answers": answers and list(answers),
         "step_seconds": [list(point) for point in points],  # `tuning.cost.Point`
     }
     ladder, choices = choose_ladder(
-        acceptance,
+        scaled(acceptance, reached),
         MeasuredCost(points),
         args.max_num_seqs,
         padded=on_gpu,
         sets=saved_sets(config.acceptance),
+        length_spread=0.0 if answers is None else answers.spread,
         provenance=provenance,
     )
     ladder.save(path)
     return ladder, choices, path
 
 
-def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Point] | None:
-    """What was timed for the ladder in that file, if it was timed on the same."""
+def _measured_before(
+    path: Path, provenance: Mapping[str, Any]
+) -> tuple[Sequence[Point], Answers | None] | None:
+    """What was measured for the ladder in that file, if it was measured on the same."""
     from bita_vllm.tree.ladder import Ladder, LadderError, LadderVersionError
+    from bita_vllm.tuning.answers import Answers
     from bita_vllm.tuning.cost import Point
 
     if not path.is_file():
@@ -166,20 +190,24 @@ def _points_of(path: Path, provenance: Mapping[str, Any]) -> Sequence[Point] | N
         again = "--again writes a new ladder in its place"
         raise LadderError(f"{str(error).rstrip('.')}, where {again}.") from None
     same = all(had.get(key) == provenance[key] for key in PROFILE_KEYS)
-    return [Point(*point) for point in had["step_seconds"]] if same else None
+    if not same:
+        return None
+    answers = had.get("answers")
+    return [Point(*point) for point in had["step_seconds"]], answers and Answers(*answers)
 
 
-def _profile(
+def _measure(
     args: argparse.Namespace,
     model: str,
     adapter: AdapterConfig,
     acceptance: Any,
     engine_args: Mapping[str, Any],
     on_gpu: bool,
-) -> list[Point]:
-    """Every point, from an engine of its own."""
+) -> tuple[list[Point], Answers | None]:
+    """Every point, and answers at about as many rows as serving has; from an engine of its own."""
     from bita_vllm.training.base_model import start_engine
     from bita_vllm.tree.search import best_templates
+    from bita_vllm.tuning.answers import longest_answer, serve_answers
     from bita_vllm.tuning.profile import (
         graph_sizes,
         kv_cache_bytes,
@@ -193,6 +221,7 @@ def _profile(
     ladder = profile_ladder(templates, requests[-1])
     widths, num_rows = ladder.widths, ladder.widest.num_rows
     longest = max_model_len(len(widths), max(t.max_depth for t in templates), num_rows)
+    longest = max(longest, longest_answer(num_rows))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profile looks into the scheduler
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "profile.json"
@@ -217,7 +246,8 @@ def _profile(
         if on_gpu and not engine_args.get("enforce_eager"):
             options.setdefault("cudagraph_capture_sizes", graph_sizes(requests, widths))
         with start_engine(model, **options) as llm:
-            return profile_steps(llm, requests, widths, args.steps)
+            points = profile_steps(llm, requests, widths, args.steps)
+            return points, serve_answers(llm, 1 + min(widths, key=lambda w: abs(w - USUAL_WIDTH)))
 
 
 def _print_table(ladder: Ladder, choices: list[Choice]) -> None:

@@ -8,9 +8,10 @@ from bita_vllm.adapter.config import ModelShape
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder, LadderError
 from bita_vllm.tree.template_set import sets_of_one
+from bita_vllm.tuning.answers import Answers
 from bita_vllm.tuning.cost import Point
 from bita_vllm.tuning.profile import graph_sizes, kv_cache_bytes, profile_ladder
-from bita_vllm.tuning.tune_command import PROFILE_KEYS, _points_of
+from bita_vllm.tuning.tune_command import PROFILE_KEYS, _measured_before
 
 LLAMA_8B = ModelShape(
     num_layers=32, hidden_size=4096, num_kv_heads=8, head_size=128, vocab_size=128256
@@ -37,14 +38,17 @@ def test_graphs_are_captured_for_the_points_and_nothing_else():
     assert graph_sizes([1, 4], [3, 15]) == [1, 4, 16, 64]
 
 
-def test_points_of_an_older_ladder_file_are_timed_anew(tmp_path):
+def test_measured_before_an_older_ladder_file_are_timed_anew(tmp_path):
     """Else 'bita tune' would refuse the file that its message says to make again with it."""
     path, machine = tmp_path / "ladder.json", dict.fromkeys(PROFILE_KEYS, "this")
     provenance = {**machine, "step_seconds": [[1, 1, 0.5]]}
     Ladder(sets_of_one([Template.from_widths([1], 3)]), [(1, 1, 0)], provenance).save(path)
-    assert _points_of(path, machine) == [Point(1, 1, 0.5)]
+    assert _measured_before(path, machine) == ([Point(1, 1, 0.5)], None)
+    with_answers = {**provenance, "answers": [8, 1500, 900]}
+    Ladder(sets_of_one([Template.from_widths([1], 3)]), [(1, 1, 0)], with_answers).save(path)
+    assert _measured_before(path, machine) == ([Point(1, 1, 0.5)], Answers(8, 1500, 900))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bita_ladder": 1}))
-    assert _points_of(path, machine) is None
+    assert _measured_before(path, machine) is None
     path.write_text("not a ladder")
     with pytest.raises(LadderError, match=r"cannot be read .*--again writes a new ladder"):
-        _points_of(path, machine)
+        _measured_before(path, machine)

@@ -1,0 +1,131 @@
+"""Whole answers at the block size in question: what of the adapter's acceptance this model reaches on this machine.
+
+`bita eval` counts in its own texts, from answers that are there already. What a served request gets is less: its first
+block has no candidates, drafts of an answer's beginning are right less often, and the model may be rounded, quantised
+or tuned otherwise. So the model writes a few prompts and answers them, as it would be served.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bita_vllm.training.generate import GenerateConfig, Generator
+from bita_vllm.training.own_prompts import UserTurn
+from bita_vllm.training.samples import DataError
+from bita_vllm.tree import Template
+from bita_vllm.tree.search import Draft, evaluate, scaled
+from bita_vllm.tuning.profile import scheduler_of, set_width
+
+NUM_ANSWERS = 16
+PROMPT_TOKENS, ANSWER_TOKENS = 96, 192  # at most
+MOST_ATTEMPTS = 3  # batches of prompts, until there are enough
+FEWEST_STEPS = 100  # that say something
+# Of a block's accepted length, relative to its mean.
+LENGTH_DEVIATION = 0.5
+TOLERANCE = 1e-4  # of the factor that is looked for
+
+
+class Answers(NamedTuple):
+    """What decoding them took.
+
+    Attributes:
+        rows: of a block.
+        tokens: of all answers, without the first of each, which its prefill gives.
+        steps: of all answers.
+    """
+
+    rows: int
+    tokens: int
+    steps: int
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens a step."""
+        return self.tokens / self.steps
+
+    @property
+    def spread(self) -> float:
+        """How far the accepted length may be off, relative to it: two standard errors."""
+        return float(2 * LENGTH_DEVIATION / np.sqrt(self.steps))
+
+
+def longest_answer(num_rows: int) -> int:
+    """Tokens that a request of `serve_answers` may come to, with blocks of so many rows."""
+    return PROMPT_TOKENS + ANSWER_TOKENS + num_rows
+
+
+def serve_answers(llm: Any, rows: int) -> Answers | None:
+    """Answers to prompts of the model's own, with blocks of so many rows.
+
+    None, and a sentence on stderr, for a model that writes no prompts, or answers of next to nothing.
+    """
+    generator = Generator(
+        llm,
+        llm.get_tokenizer(),
+        GenerateConfig(max_prompt_tokens=PROMPT_TOKENS, max_answer_tokens=ANSWER_TOKENS),
+    )
+    try:
+        turn = UserTurn.of(generator.tokenizer, generator.config.opening)
+    except DataError as error:
+        _say_nothing_seen(str(error).split(", so ")[0].rstrip("."))
+        return None
+    set_width(scheduler_of(llm), rows - 1)
+    prompts: list[tuple[str, list[int]]] = []
+    for attempt in range(MOST_ATTEMPTS):
+        missing = NUM_ANSWERS - len(prompts)
+        prompts += generator.own_prompts(turn, len(prompts), attempt, missing)[:missing]
+    with _counting_decode_steps(llm) as count:
+        samples = generator.answers(prompts)
+    answers = Answers(rows, sum(len(one.answer_ids) - 1 for one in samples), count[0])
+    if answers.steps < FEWEST_STEPS:
+        _say_nothing_seen(f"The model's own prompts gave {answers.steps} steps of answers")
+        return None
+    return answers
+
+
+def _say_nothing_seen(why: str) -> None:
+    print(
+        f"{why}: what drafts bring is taken from the adapter's statistics alone.", file=sys.stderr
+    )
+
+
+@contextmanager
+def _counting_decode_steps(llm: Any) -> Iterator[list[int]]:
+    """One number: steps of requests that have a token already, summed over requests."""
+    scheduler = scheduler_of(llm)
+    schedule, count = scheduler.schedule, [0]
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        count[0] += sum(n > 0 for n in output.scheduled_cached_reqs.num_output_tokens)
+        return output
+
+    scheduler.schedule = counting
+    try:
+        yield count
+    finally:
+        scheduler.schedule = schedule
+
+
+def acceptance_reached(
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+    template: Template,
+    accepted_length: float,
+) -> float:
+    """Factor on all of it with which blocks of the template are expected to come to that accepted length.
+
+    At most what leaves every mask's probabilities a sum of 1; the length grows with it, so halving intervals finds it.
+    """
+    drafts = [Draft.of(template)]
+    low, high = 0.0, 1.0 / float(acceptance.sum(axis=-1).max())
+    while high - low > TOLERANCE:
+        middle = (low + high) / 2
+        too_long = evaluate(drafts, scaled(acceptance, middle)).accepted_length[0] > accepted_length
+        low, high = (low, middle) if too_long else (middle, high)
+    return (low + high) / 2
