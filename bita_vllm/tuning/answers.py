@@ -17,8 +17,8 @@ import numpy as np
 from bita_vllm.training.generate import GenerateConfig, Generator
 from bita_vllm.training.own_prompts import UserTurn
 from bita_vllm.training.samples import DataError
-from bita_vllm.tree import Template
 from bita_vllm.tree.search import Draft, evaluate, scaled
+from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.profile import scheduler_of, set_width
 
 NUM_ANSWERS = 16
@@ -115,17 +115,18 @@ def _counting_decode_steps(llm: Any) -> Iterator[list[int]]:
 def acceptance_reached(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
-    template: Template,
+    templates: TemplateSet,
     accepted_length: float,
 ) -> float:
-    """Factor on all of it with which blocks of the template are expected to come to that accepted length.
+    """Factor on all of it with which blocks of the set are expected to come to that accepted length.
 
     At most what leaves every mask's probabilities a sum of 1; the length grows with it, so halving intervals finds it.
     """
-    drafts = [Draft.of(template)]
+    drafts = [Draft.of(templates.first)]
     low, high = 0.0, 1.0 / float(acceptance.sum(axis=-1).max())
     while high - low > TOLERANCE:
         middle = (low + high) / 2
-        too_long = evaluate(drafts, scaled(acceptance, middle)).accepted_length[0] > accepted_length
+        length = evaluate(drafts, scaled(acceptance, middle)).accepted_length[0] * templates.gain
+        too_long = length > accepted_length
         low, high = (low, middle) if too_long else (middle, high)
     return (low + high) / 2

@@ -71,12 +71,7 @@ def choose_ladder(
         length_spread: how far accepted lengths may be off, relative to them.
         provenance: stored in the ladder.
     """
-    by_budget = dict(sets or {})
-    missing = [budget for budget in budgets if budget not in by_budget]
-    if missing:
-        found = zip(missing, best_templates(missing, acceptance), strict=True)
-        by_budget |= {budget: TemplateSet((best,)) for budget, best in found}
-    candidates = [by_budget[budget] for budget in budgets]
+    candidates = sets_of_budgets(budgets, acceptance, sets or {})
     run = evaluate([Draft.of(one.first) for one in candidates], acceptance)
     lengths = run.accepted_length * np.array([one.gain for one in candidates])
     rows = rows_of(candidates, run.rows, padded)
@@ -114,6 +109,20 @@ def choose_ladder(
         ),
         choices,
     )
+
+
+def sets_of_budgets(
+    budgets: Sequence[int],
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+    saved: Mapping[int, TemplateSet],
+) -> list[TemplateSet]:
+    """One for each row budget: the saved one, or the best template alone."""
+    missing = [budget for budget in budgets if budget not in saved]
+    best = dict(zip(missing, best_templates(missing, acceptance) if missing else [], strict=True))
+    return [
+        saved[budget] if budget in saved else TemplateSet((best[budget],)) for budget in budgets
+    ]
 
 
 def rows_of(

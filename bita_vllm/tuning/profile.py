@@ -15,9 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from bita_vllm.adapter.config import ModelShape
-from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder
-from bita_vllm.tree.template_set import sets_of_one
+from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.cost import Point
 from bita_vllm.tuning.timing import Round, StepTime, compare_with_plain, min_rounds
 
@@ -36,15 +35,15 @@ STEADY = 0.97
 MOST_WARM_UPS = 12
 
 
-def profile_ladder(templates: Sequence[Template], max_requests: int) -> Ladder:
-    """A ladder to time all templates with, and plain steps, at up to `max_requests`; it takes that many requests more.
+def profile_ladder(sets: Sequence[TemplateSet], max_requests: int) -> Ladder:
+    """A ladder to time blocks of every set with, and plain steps, at up to `max_requests`; it takes that many more.
 
     CUDA graphs of a width are captured up to the largest batch that the table has it for, so every width is
     named behind the batches that are timed.
     """
-    widths = sorted(template.num_rows - 1 for template in templates)
+    widths = sorted(one.first.num_rows - 1 for one in sets)
     behind = [(max_requests + i, max_requests + i, width) for i, width in enumerate(widths, 1)]
-    return Ladder(sets_of_one(templates), [(1, max_requests, PLAIN_WIDTH), *behind])
+    return Ladder(sets, [(1, max_requests, PLAIN_WIDTH), *behind])
 
 
 def profile_steps(

@@ -101,10 +101,10 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree.ladder import LADDER_FILE
-    from bita_vllm.tree.search import MIN_ROWS, acceptance_table, best_templates, scaled
+    from bita_vllm.tree.search import MIN_ROWS, acceptance_table, scaled
     from bita_vllm.tree.template_set import saved_sets
     from bita_vllm.tuning.answers import ANSWER_TOKENS, acceptance_reached
-    from bita_vllm.tuning.choose import choose_ladder
+    from bita_vllm.tuning.choose import choose_ladder, sets_of_budgets
     from bita_vllm.tuning.cost import MeasuredCost
 
     on_gpu = platform.on_gpu()
@@ -145,8 +145,8 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     points, answers = measured
     reached = 1.0
     if answers is not None:
-        (template,) = best_templates([answers.rows], acceptance)
-        reached = acceptance_reached(acceptance, template, answers.accepted_length)
+        (templates,) = sets_of_budgets([answers.rows], acceptance, saved_sets(config.acceptance))
+        reached = acceptance_reached(acceptance, templates, answers.accepted_length)
         print(
             f"{answers.tokens} tokens of answers, {ANSWER_TOKENS} at most each, came with "
             f"{answers.accepted_length:.2f} a step in blocks of {answers.rows} rows: {reached:.2f} times the "
@@ -206,8 +206,9 @@ def _measure(
 ) -> tuple[list[Point], Answers | None]:
     """Every point, and answers at about as many rows as serving has; from an engine of its own."""
     from bita_vllm.training.base_model import start_engine
-    from bita_vllm.tree.search import best_templates
+    from bita_vllm.tree.template_set import saved_sets, templates_of
     from bita_vllm.tuning.answers import longest_answer, serve_answers
+    from bita_vllm.tuning.choose import sets_of_budgets
     from bita_vllm.tuning.profile import (
         graph_sizes,
         kv_cache_bytes,
@@ -217,10 +218,13 @@ def _measure(
     )
 
     requests = sorted(set(args.requests))
-    templates = best_templates(sorted(set(args.rows)), acceptance)
-    ladder = profile_ladder(templates, requests[-1])
+    saved = saved_sets(adapter.acceptance)
+    ladder = profile_ladder(
+        sets_of_budgets(sorted(set(args.rows)), acceptance, saved), requests[-1]
+    )
     widths, num_rows = ladder.widths, ladder.widest.num_rows
-    longest = max_model_len(len(widths), max(t.max_depth for t in templates), num_rows)
+    deepest = max(template.max_depth for template in templates_of(ladder.template_sets))
+    longest = max_model_len(len(widths), deepest, num_rows)
     longest = max(longest, longest_answer(num_rows))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the profile looks into the scheduler
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ def test_every_request_finds_its_kv_blocks(block, requests, tokens):
 def test_every_width_is_named_but_for_the_batches_that_are_timed():
     """All of them plain: a profile sets its widths itself, from plain steps on."""
     templates = [Template.from_widths(widths, 3) for widths in ([1], [3, 2])]
-    ladder = profile_ladder(templates, 8)
+    ladder = profile_ladder(sets_of_one(templates), 8)
     assert ladder.lookup(10).tolist() == [0] * 9 + ladder.widths
 
 
