@@ -27,9 +27,10 @@ STEPS_TO_SETTLE = 2
 STEPS_A_ROUND = 4
 # With async scheduling a step's output may come while the next one runs: only many steps together tell the time.
 STEPS_TOGETHER = 8
-# Rounds go on until every interval is as narrow as this, relative to its middle, or have taken this long.
+# Rounds go on until every interval is as narrow as this, relative to its middle; but not longer, and no more of them.
 PRECISION = 0.02
 MOST_SECONDS = 15.0
+MOST_ROUNDS = 24
 # A machine is warm when a round takes no less than this share of the one before it.
 STEADY = 0.97
 MOST_WARM_UPS = 12
@@ -73,7 +74,9 @@ def profile_steps(
         begin = time.monotonic()
         with tqdm(desc=f"timing steps, {n} requests", unit="round") as bar:
             while len(rounds) < fewest_rounds or not (
-                is_precise(rounds) or time.monotonic() - begin > MOST_SECONDS
+                is_precise(rounds)
+                or len(rounds) >= MOST_ROUNDS
+                or time.monotonic() - begin > MOST_SECONDS
             ):
                 # Every other round backwards, so that drift hits all alike.
                 rounds.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +96,9 @@ def median_interval(
     Order statistics: nothing is assumed of the distribution, and a value far off moves the interval by one place.
     """
     n, ordered = len(values), np.sort(values)
-    at_most = np.cumsum([math.comb(n, k) for k in range(n + 1)]) / 2**n  # P(so many lie below it)
-    k = max(int((at_most <= (1 - CONFIDENCE) / 2).sum()), 1)
+    # P(at most so many lie below it), of exact numbers: they outgrow 64 bits.
+    at_most = [ways / 2**n for ways in accumulate(math.comb(n, k) for k in range(n + 1))]
+    k = max(sum(p <= (1 - CONFIDENCE) / 2 for p in at_most), 1)
     return float(ordered[k - 1]), float(ordered[n - k])
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bita_vllm.tuning.profile import PRECISION, is_precise
+from bita_vllm.tuning.profile import MOST_ROUNDS, PRECISION, is_precise
 from bita_vllm.tuning.timing import (
     CONFIDENCE,
     StepTime,
@@ -31,7 +31,7 @@ def round_of(rng, noise, burst=0.0):
     return found
 
 
-@pytest.mark.parametrize("num_values", [6, 9, 24])
+@pytest.mark.parametrize("num_values", [6, 9, 24, 100])
 def test_interval_holds_the_median_as_often_as_it_says(num_values):
     rng = np.random.default_rng(0)
     held = 0
@@ -49,7 +49,7 @@ def test_fewest_rounds_are_those_whose_range_is_an_interval():
 def test_ratios_are_those_of_a_quiet_machine(burst):
     """Also where the neighbour had a core in more than half of the steps."""
     rng = np.random.default_rng(1)
-    rounds = [round_of(rng, 0.01, burst) for _ in range(24)]
+    rounds = [round_of(rng, 0.01, burst) for _ in range(MOST_ROUNDS)]
     plain, found = compare_with_plain(rounds)
     assert plain == pytest.approx(SECONDS[0], rel=0.02)
     assert list(found) == [3, 7]
