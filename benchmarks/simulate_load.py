@@ -1,7 +1,7 @@
 """Rows by load on an H100, simulated: output tokens/s beside plain decoding at 1 to 512 concurrent requests.
 
 No GPU is needed, and none was used: acceptance is recorded or made up (`--help`), what a step takes is a
-roofline's (`bita_vllm.tuning.cost.H100_8B` states every number). So the ratios are what the method allows on
+roofline's (`bita_vllm.tree.step_cost.H100_8B` states every number). So the ratios are what the method allows on
 that machine, not what a server was measured at. EAGLE-3's figures beside them are published measurements
 (SGLang, H100, 8B model): they pay for all that the roofline leaves out.
 """
@@ -22,10 +22,10 @@ from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.training.evaluate import Predictions, acceptance_statistics
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.step_cost import H100_8B
 from bita_vllm.tree.template_set import TemplateSet, saved_sets
-from bita_vllm.tuning.choose import choose_ladder
-from bita_vllm.tuning.cost import H100_8B
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 CONCURRENCIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)

@@ -14,7 +14,7 @@ from deltas_model import AuditedDeltas, CurrentDeltas, Deltas
 
 from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.runner.gpu_speculator import KNEES_IN_ONE_PASS
-from bita_vllm.tuning.cost import LAYER_OVERHEAD, STEP_OVERHEAD
+from bita_vllm.tree.step_cost import LAYER_OVERHEAD, STEP_OVERHEAD
 
 # --- Devices --------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class PerformanceModel:
         return kernel.seconds(self.device, self.model, requests, rows, context, widest)
 
     def seconds(self, requests: int, rows: float, context: float) -> float:
-        """As `bita_vllm.tuning.cost.StepCost` has it: rows of all requests."""
+        """As `bita_vllm.tree.step_cost.StepCost` has it: rows of all requests."""
         if rows <= requests:
             return self.step(requests, 1, context).total
         return self.step(requests, round(rows / requests), context).total

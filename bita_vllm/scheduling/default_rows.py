@@ -1,6 +1,6 @@
 """Rows by load where nobody has measured any: a ladder from what is known of the machine.
 
-The ladder of an adapter that `bita tune` was not run for. It is chosen as `bita tune` chooses (`tuning/choose.py`), by
+The ladder of an adapter that `bita tune` was not run for. It is chosen as `bita tune` chooses (`tree/ladder_search.py`), by
 a predicted cost: on a GPU the roofline of its memory and its tensor cores, on a CPU a price for every row. A step's
 rows stay below the knee, where matrix products begin to cost; beyond it decoding is plain. What is
 seen while serving corrects the table (`online.py`).
@@ -19,10 +19,10 @@ from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.system import platform
 from bita_vllm.system.machine import DeviceSpeed, is_plain_avx2, num_cores
 from bita_vllm.tree.ladder import Ladder, ranges_of
+from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import MIN_ROWS, acceptance_table
+from bita_vllm.tree.step_cost import Roofline, RowCost, StepCost
 from bita_vllm.tree.template_set import saved_sets
-from bita_vllm.tuning.choose import choose_ladder
-from bita_vllm.tuning.cost import Roofline, RowCost, StepCost
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig

@@ -15,13 +15,11 @@ import numpy as np
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.scheduling.accounts import Accounts
+from bita_vllm.scheduling.promise import Promise
 from bita_vllm.scheduling.seen_cost import SeenCost
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
-from bita_vllm.tree.markov import reach_by_depths
-from bita_vllm.tree.search import Draft, acceptance_table, evaluate, padded_drafts, scaled
-from bita_vllm.tree.template_set import TemplateSet, templates_of
-from bita_vllm.tuning.choose import (
+from bita_vllm.tree.ladder_search import (
     MIN_GAIN,
     PLAIN,
     fastest,
@@ -29,8 +27,10 @@ from bita_vllm.tuning.choose import (
     rows_of,
     step_seconds,
 )
-from bita_vllm.tuning.cost import MeasuredCost, StepCost
-from bita_vllm.tuning.promise import Promise
+from bita_vllm.tree.markov import reach_by_depths
+from bita_vllm.tree.search import Draft, acceptance_table, evaluate, padded_drafts, scaled
+from bita_vllm.tree.step_cost import MeasuredCost, StepCost
+from bita_vllm.tree.template_set import TemplateSet, templates_of
 
 if TYPE_CHECKING:
     from bita_vllm.tree import Template

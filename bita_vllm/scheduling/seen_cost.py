@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bita_vllm.tuning.choose import PLAIN
-from bita_vllm.tuning.timing import BUSY_LOSS
+from bita_vllm.scheduling.timing import BUSY_LOSS
+from bita_vllm.tree.ladder_search import PLAIN
 
 # Steps that the expectation counts as beside what is seen.
 PRIOR_STEPS = 4.0

@@ -116,8 +116,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError, check_tokenizer, check_tokens
     from bita_vllm.training.set_search import find_sets
+    from bita_vllm.tree.ladder_search import BUDGETS
     from bita_vllm.tree.search import acceptance_table
-    from bita_vllm.tuning.choose import BUDGETS
 
     limits = {"num_prompts": 1, "max_answer_tokens": 8, "max_positions": 1, "concurrency": 1}
     require_at_least(args, limits)

@@ -15,10 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from bita_vllm.adapter.config import ModelShape
+from bita_vllm.scheduling.timing import Round, StepTime, compare_with_plain, min_rounds
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder
+from bita_vllm.tree.step_cost import Point
 from bita_vllm.tree.template_set import TemplateSet
-from bita_vllm.tuning.cost import Point
-from bita_vllm.tuning.timing import Round, StepTime, compare_with_plain, min_rounds
 
 PROMPT_LEN = 64
 KV_BLOCK = 128  # tokens; vLLM's default on a CPU, the largest

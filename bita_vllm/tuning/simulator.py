@@ -19,8 +19,8 @@ from bita_vllm.training.evaluate import template_choice
 from bita_vllm.tree import NO_BLOCK
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder
 from bita_vllm.tree.replay import NO_RANK, Sources, TreeWalker
+from bita_vllm.tree.step_cost import StepCost
 from bita_vllm.tree.template_set import templates_of
-from bita_vllm.tuning.cost import StepCost
 
 # Ranks behind the first, given that the first is wrong: as measured for SmolLM2-135M's adapter with deltas
 # (first and second mask alike).

@@ -17,9 +17,9 @@ from bita_vllm.training.base_model import DTYPES
 if TYPE_CHECKING:
     from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.tree.ladder import Ladder
+    from bita_vllm.tree.ladder_search import Choice
+    from bita_vllm.tree.step_cost import Point
     from bita_vllm.tuning.answers import Answers
-    from bita_vllm.tuning.choose import Choice
-    from bita_vllm.tuning.cost import Point
 
 # What decides the cost of a step and the acceptance of drafts: of the same, nothing is measured again.
 PROFILE_KEYS = (
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree import TemplateError
     from bita_vllm.tree.ladder import LadderError
-    from bita_vllm.tuning.cost import CostError
+    from bita_vllm.tree.step_cost import CostError
 
     try:
         ladder, choices, path = tune(args)
@@ -101,11 +101,11 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
     from bita_vllm.training.provenance import portable_name, versions
     from bita_vllm.training.samples import DataError
     from bita_vllm.tree.ladder import LADDER_FILE
+    from bita_vllm.tree.ladder_search import choose_ladder, sets_of_budgets
     from bita_vllm.tree.search import MIN_ROWS, acceptance_table, scaled
+    from bita_vllm.tree.step_cost import MeasuredCost
     from bita_vllm.tree.template_set import saved_sets
     from bita_vllm.tuning.answers import ANSWER_TOKENS, acceptance_reached
-    from bita_vllm.tuning.choose import choose_ladder, sets_of_budgets
-    from bita_vllm.tuning.cost import MeasuredCost
 
     on_gpu = platform.on_gpu()
     for name, value in (ON_GPU if on_gpu else ON_CPU).items():
@@ -157,7 +157,7 @@ def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
         "acceptance": "typical" if config.acceptance is None else "of the adapter",
         "acceptance_reached": reached,
         "answers": answers and list(answers),
-        "step_seconds": [list(point) for point in points],  # `tuning.cost.Point`
+        "step_seconds": [list(point) for point in points],  # `tree.step_cost.Point`
     }
     ladder, choices = choose_ladder(
         scaled(acceptance, reached),
@@ -177,8 +177,8 @@ def _measured_before(
 ) -> tuple[Sequence[Point], Answers | None] | None:
     """What was measured for the ladder in that file, if it was measured on the same."""
     from bita_vllm.tree.ladder import Ladder, LadderError, LadderVersionError
+    from bita_vllm.tree.step_cost import Point
     from bita_vllm.tuning.answers import Answers
-    from bita_vllm.tuning.cost import Point
 
     if not path.is_file():
         return None
@@ -206,9 +206,9 @@ def _measure(
 ) -> tuple[list[Point], Answers | None]:
     """Every point, and answers at about as many rows as serving has; from an engine of its own."""
     from bita_vllm.training.base_model import start_engine
+    from bita_vllm.tree.ladder_search import sets_of_budgets
     from bita_vllm.tree.template_set import saved_sets, templates_of
     from bita_vllm.tuning.answers import longest_answer, serve_answers
-    from bita_vllm.tuning.choose import sets_of_budgets
     from bita_vllm.tuning.profile import (
         graph_sizes,
         kv_cache_bytes,

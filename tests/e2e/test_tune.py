@@ -14,10 +14,10 @@ from vllm.platforms.cpu import CpuPlatform
 
 from bita_vllm import cli
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
+from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.step_cost import MeasuredCost
 from bita_vllm.tuning import profile
-from bita_vllm.tuning.choose import choose_ladder
-from bita_vllm.tuning.cost import MeasuredCost
 
 
 def schedule_ahead(monkeypatch):

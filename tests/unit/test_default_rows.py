@@ -14,7 +14,7 @@ from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.scheduling.default_rows import GPU_BUDGETS, UNKNOWN_GPU, Machine, default_ladder
 from bita_vllm.scheduling.online import policy_of
 from bita_vllm.system.machine import DeviceSpeed, gpu_speed
-from bita_vllm.tuning.cost import Roofline
+from bita_vllm.tree.step_cost import Roofline
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 NAMES = ("smollm2-135m-instruct", "smollm2-135m-instruct-no-deltas")

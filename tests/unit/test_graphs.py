@@ -15,8 +15,8 @@ from bita_vllm.scheduling.online import WidthPolicy
 from bita_vllm.step import graphs
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.step_cost import MeasuredCost
 from bita_vllm.tree.template_set import sets_of_one
-from bita_vllm.tuning.cost import MeasuredCost
 from bita_vllm.tuning.profile import graph_sizes, profile_ladder
 
 # batch sizes -> R-1, as vLLM takes them: rows of a step pass 512, and width 0 is plain decoding

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
-from bita_vllm.tuning.choose import choose_ladder
-from bita_vllm.tuning.cost import H100_8B, CostError, MeasuredCost, Roofline
+from bita_vllm.tree.step_cost import H100_8B, CostError, MeasuredCost, Roofline
 
 ACCEPTANCE = acceptance_table(None, 3)
 BUDGETS = (3, 4, 6, 8, 12, 16)

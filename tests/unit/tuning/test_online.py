@@ -18,11 +18,11 @@ from bita_vllm.training.evaluate import (
 from bita_vllm.training.set_search import find_set
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.ladder_search import PLAIN, choose_ladder
 from bita_vllm.tree.replay import TreeWalker
 from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.step_cost import H100_8B, MeasuredCost
 from bita_vllm.tree.template_set import TemplateSet, sets_of_one
-from bita_vllm.tuning.choose import PLAIN, choose_ladder
-from bita_vllm.tuning.cost import H100_8B, MeasuredCost
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 GOOD, POOR = (0.6, 0.4, 0.28), (0.15, 0.08, 0.05)

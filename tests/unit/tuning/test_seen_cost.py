@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bita_vllm.scheduling.seen_cost import FEW_STEPS, SeenCost
-from bita_vllm.tuning.choose import PLAIN
+from bita_vllm.tree.ladder_search import PLAIN
 
 SMALL, LARGE = 0, 1
 # [T+1, N] two templates and plain decoding, 1 to 8 requests

@@ -16,10 +16,10 @@ from bita_vllm.training.evaluate import (
 )
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.step_cost import H100_8B, MeasuredCost
 from bita_vllm.tree.template_set import saved_sets, sets_of_one
-from bita_vllm.tuning.choose import choose_ladder
-from bita_vllm.tuning.cost import H100_8B, MeasuredCost
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 ADAPTER = Path(__file__).parents[3] / "adapters" / "smollm2-135m-instruct"

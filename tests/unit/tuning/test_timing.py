@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from bita_vllm.tuning.profile import MOST_ROUNDS, PRECISION, is_precise
-from bita_vllm.tuning.timing import (
+from bita_vllm.scheduling.timing import (
     CONFIDENCE,
     StepTime,
     compare_with_plain,
     median_interval,
     min_rounds,
 )
+from bita_vllm.tuning.profile import MOST_ROUNDS, PRECISION, is_precise
 
 SECONDS = {0: 0.020, 3: 0.021, 7: 0.024}
 CORES = 2

@@ -10,8 +10,8 @@ import numpy as np
 
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder, ranges_of
 from bita_vllm.tree.search import Draft, best_templates, evaluate
+from bita_vllm.tree.step_cost import MeasuredCost, StepCost
 from bita_vllm.tree.template_set import TemplateSet
-from bita_vllm.tuning.cost import MeasuredCost, StepCost
 
 BUDGETS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # Expected gain below which plain decoding is kept: what acceptance may be wrong by. What the seconds may be wrong by

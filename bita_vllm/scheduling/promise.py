@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bita_vllm.tuning.choose import gains_over_plain
+from bita_vllm.tree.ladder_search import gains_over_plain
 
 FIRST_SECONDS = 60.0
 # Below this share of it a promise was not met: acceptance differs between texts, and served requests have prompts.
