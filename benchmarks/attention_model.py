@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from bita_kernels.attention_config import COMBINE_HEADS, AttentionConfig
+from bita_kernels.attention_config import COMBINE_HEADS, EARLY_SM, AttentionConfig
 from bita_kernels.tree_attention import IN_TURN_SHARE, PROGRAMS_PER_PROCESSOR, SHORT_CONTEXT
 from bita_kernels.tree_attention_models import shipped
 
@@ -32,14 +32,19 @@ TILE_FLOPS_SHARE = 0.45  # of an SM's peak, in 64 x 32 tiles with their softmax
 TILE_CHAIN = (
     0.4e-6  # of a tile that has arrived: products, maxima, exponentials, barriers; ~700 cycles
 )
-LOAD = 0.5e-6  # that the next one waits for (AUDIT 4: two of them take 1 us)
+# That the next one waits for (AUDIT 4: two of them take 1 us). An idle H100's memory answers after some 480 cycles,
+# its level 2 cache after 260 (Luo et al. 2024, arXiv:2402.13499): 0.27 and 0.15 us. The rest is for traffic and starts.
+LOAD = 0.5e-6
 PROGRAM_START = 3 * LOAD  # query_start, seq_lens and line; the first page number; the first keys
-EMPTY_PROGRAM = LOAD  # one that finds no part for it
+EMPTY_PROGRAM = LOAD  # one that finds no part for it: the first of these, as compiled for sm_90
 FEWEST_MULTIPLIED_ROWS = 64  # smaller tiles leave tensor cores idle: they save no time
 MAX_SEQ_LEN = 131072  # that an engine makes its workspace for: Llama-3.1's
 COMBINE = (
     3.5e-6  # launching the merge, its first loads (AUDIT 6): also where it finds nothing to merge
 )
+# Of that, what the attention hides where its merge starts early: a launch in a CUDA graph (1.3 us for an empty kernel
+# on an H100: Spector et al. 2025, "Look Ma, No Bubbles!") and the first load. An assumption: nobody has timed it.
+EARLY_COMBINE = 1.3e-6 + LOAD
 COMBINE_PART = 0.2e-6  # of each part: three of them are under way, at 0.6 us from the level 2 cache
 L2_SHARE = 0.6  # of the level 2 cache that partial results may take and stay there
 
@@ -203,7 +208,9 @@ class CurrentAttention:
         short = config.short_in_turn(model.head_size) and context < SHORT_CONTEXT
         if tiles >= IN_TURN_SHARE * wanted and short:
             work = [own + sum(context_tiles), *[EMPTY_PROGRAM / tile_seconds] * step]
-            return pace.seconds([one for one in work for _ in range(tiles)]) + COMBINE
+            return launch_of_merge(device) + pace.seconds(
+                [one for one in work for _ in range(tiles)]
+            )
         striding = [longest_first[i::step] for i in range(min(step, len(splits)))]
         empty = [EMPTY_PROGRAM / tile_seconds] * (step - len(striding))
         # Loads do not run ahead from one split to the next.
@@ -220,7 +227,13 @@ class CurrentAttention:
         speed = device.l2_bytes if stays else device.speed.bytes_per_second
         programs = rows * math.ceil(model.num_q_heads / COMBINE_HEADS)
         waves = math.ceil(programs / (12 * device.sms))  # 12 programs of 4 warps an SM
-        return COMBINE + max(waves * parts * COMBINE_PART, partials / speed) + partials / speed
+        merged = max(waves * parts * COMBINE_PART, partials / speed)
+        return launch_of_merge(device) + merged + partials / speed
+
+
+def launch_of_merge(device: Device) -> float:
+    """Seconds from the end of the attention until its merge has something to do, or has found nothing."""
+    return COMBINE - (EARLY_COMBINE if device.sm >= EARLY_SM else 0.0)
 
 
 def split_lengths(config: AttentionConfig, context: int) -> list[int]:

@@ -17,6 +17,8 @@ MIN_SPLIT = 128
 PROGRAMS = 128
 # Query heads that one program of `combine_splits_kernel` merges.
 COMBINE_HEADS = 4
+# The first compute capability with programmatic dependent launch: one may begin while that in front of it runs.
+EARLY_SM = 90
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from .attention_config import COMBINE_HEADS, AttentionConfig
+from .attention_config import COMBINE_HEADS, EARLY_SM, AttentionConfig
 from .checks import QUANTISED_TYPES, check_device
 from .tree_attention_checks import check_arguments
 from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
@@ -108,6 +108,14 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether the merge of a launch may begin while its attention runs."""
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= EARLY_SM
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What a launch needs besides tensors; it follows from the layouts of the arguments alone.
@@ -168,6 +176,7 @@ class _Plan:
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         }
+        early = starts_early(query.device)
         combine = config.combine_constants(
             num_q_heads=num_q_heads,
             num_rows=table.num_rows,
@@ -183,9 +192,9 @@ class _Plan:
                 block_table.stride(0),
             ),
             out_strides=(out.stride(0), out.stride(1)),
-            in_turn={**constants, "PARALLEL": False},
-            side_by_side={**constants, "PARALLEL": True},
-            combine={**combine, "num_warps": 4},
+            in_turn={**constants, "PARALLEL": False, "EARLY_COMBINE": False},
+            side_by_side={**constants, "PARALLEL": True, "EARLY_COMBINE": early},
+            combine={**combine, "launch_pdl": early, "num_warps": 4},
             tiles=triton.cdiv(max_query_len * group, config.block_m) * num_kv_heads,
             combine_tiles=triton.cdiv(num_q_heads, COMBINE_HEADS),
             capacity=max(block_table.shape[1] * block_size, 1),

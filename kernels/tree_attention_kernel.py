@@ -51,24 +51,20 @@ def _store_partial(
 
 @triton.jit
 def _attend_context(
-    q,
     # of the tile
     first,
     # of its slots that exist
     end,
-    k_ptr,
-    v_ptr,
-    table_row_ptr,
-    context_len,
-    depth,
-    dims,
-    k_strides,
-    v_strides,
     peak,
     total,
     acc,
+    q,
+    # as load_pages takes it
+    cache,
+    context_len,
+    depth,
+    dims,
     page_scale,
-    v_scale,
     softcap,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -80,21 +76,7 @@ def _attend_context(
     """One tile of the committed context into a running softmax."""
     slots = first + tl.arange(0, BLOCK_N)
     exists = slots < end
-    k, v = load_pages(
-        k_ptr,
-        v_ptr,
-        table_row_ptr,
-        slots,
-        exists,
-        dims,
-        k_strides,
-        v_strides,
-        v_scale,
-        HEAD_SIZE,
-        BLOCK_SIZE,
-        QUANTISED,
-        q.dtype,
-    )
+    k, v = load_pages(cache, slots, exists, dims, HEAD_SIZE, BLOCK_SIZE, QUANTISED, q.dtype)
     visible = exists[None, :]
     if WINDOW > 0:
         visible &= (context_len + depth)[:, None] - slots[None, :] < WINDOW
@@ -161,31 +143,35 @@ def tree_attention_kernel(
     SPLIT: tl.constexpr,
     PER_DOUBLING: tl.constexpr,
     SHORT_IN_TURN: tl.constexpr,
+    EARLY_COMBINE: tl.constexpr,
 ):
     """One tile of packed rows of one request and KV head: some of its parts (`PARALLEL`), or all of them in turn.
 
     With `PARALLEL`, too, the first program of a tile takes all parts of a short context in turn.
+    With `EARLY_COMBINE` the merge starts when all programs have started, and waits for their end.
     """
+    if EARLY_COMBINE:
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = tl.program_id(0) // NUM_KV_HEADS
     request = tl.program_id(1)
-    # All of them before the first branch: they come together.
+    # One branch for all of them: the compiler would load what comes after a first one later.
     start = tl.load(query_start_ptr + request)
     end = tl.load(query_start_ptr + request + 1)
     seq_len = tl.load(seq_len_ptr + request)
     line = tl.load(line_ptr + request)
     num_queries = end - start
-    if tile * BLOCK_M >= num_queries * GROUP:
-        return
     context_len = seq_len - num_queries
     first_slot, first_split, last_split = splits_seen(
         context_len, WINDOW, BLOCK_N, SPLIT, PER_DOUBLING
     )
-    num_parts = 1 + tl.maximum(last_split - first_split, 0)
     in_turn = tl.maximum(context_len, 0) < in_turn_slots
-    if PARALLEL:  # noqa: SIM102 (a compile-time condition, then one that is not)
-        if tl.program_id(2) >= tl.where(in_turn, 1, num_parts):
-            return
+    has_work = tile * BLOCK_M < num_queries * GROUP
+    if PARALLEL:
+        num_parts = 1 + tl.maximum(last_split - first_split, 0)
+        has_work &= tl.program_id(2) < tl.where(in_turn, 1, num_parts)
+    if not has_work:
+        return
 
     has_tree = line >= 0
     first_place = tl.maximum(line, 0) * NUM_ROWS
@@ -206,9 +192,16 @@ def tree_attention_kernel(
     page_scale, v_scale = scale, 1.0
     if QUANTISED:
         page_scale, v_scale = scale * tl.load(k_scale_ptr), tl.load(v_scale_ptr)
-    k_ptr += kv_head * k_head_stride
-    v_ptr += kv_head * v_head_stride
-    table_row_ptr = block_table_ptr + request * table_stride
+    cache = (
+        k_ptr + kv_head * k_head_stride,
+        v_ptr + kv_head * v_head_stride,
+        block_table_ptr + request * table_stride,
+        (k_page_stride, k_slot_stride),
+        (v_page_stride, v_slot_stride),
+        v_scale,
+    )
+    # What every tile of the context is attended with.
+    seen = (q, cache, context_len, depth, dims, page_scale, softcap)
     # of part 0
     partial_row = (request * NUM_ROWS + row).to(tl.int64) * (NUM_KV_HEADS * GROUP) + q_head
     part_size = num_partial_rows.to(tl.int64) * (NUM_KV_HEADS * GROUP)
@@ -225,30 +218,9 @@ def tree_attention_kernel(
                 peak, total, acc = empty(BLOCK_M, BLOCK_D)
                 for first in range(tl.maximum(begin, first_slot), end, BLOCK_N):
                     peak, total, acc = _attend_context(
-                        q,
-                        first,
-                        end,
-                        k_ptr,
-                        v_ptr,
-                        table_row_ptr,
-                        context_len,
-                        depth,
-                        dims,
-                        (k_page_stride, k_slot_stride),
-                        (v_page_stride, v_slot_stride),
-                        peak,
-                        total,
-                        acc,
-                        page_scale,
-                        v_scale,
-                        softcap,
-                        HEAD_SIZE,
-                        BLOCK_SIZE,
-                        WINDOW,
-                        SOFTCAP,
-                        QUANTISED,
-                        BLOCK_N,
-                    )
+                        first, end, peak, total, acc, *seen,
+                        HEAD_SIZE, BLOCK_SIZE, WINDOW, SOFTCAP, QUANTISED, BLOCK_N,
+                    )  # fmt: skip
                 _store_partial(
                     partial_acc_ptr,
                     partial_stats_ptr,
@@ -270,9 +242,7 @@ def tree_attention_kernel(
         sinks_ptr,
         ancestor_bits_ptr + first_place * NUM_WORDS,
         depth_ptr + first_place,
-        k_ptr,
-        v_ptr,
-        table_row_ptr,
+        cache,
         context_len,
         num_queries,
         has_tree,
@@ -282,11 +252,8 @@ def tree_attention_kernel(
         depth,
         sees_prompt,
         dims,
-        (k_page_stride, k_slot_stride),
-        (v_page_stride, v_slot_stride),
         scale,
         page_scale,
-        v_scale,
         softcap,
         NUM_KV_HEADS,
         NUM_WORDS,
@@ -332,30 +299,9 @@ def tree_attention_kernel(
             split += ends.to(tl.int32)
             _, boundary = split_bounds(split, SPLIT, PER_DOUBLING)
             peak, total, acc = _attend_context(
-                q,
-                first,
-                context_len,
-                k_ptr,
-                v_ptr,
-                table_row_ptr,
-                context_len,
-                depth,
-                dims,
-                (k_page_stride, k_slot_stride),
-                (v_page_stride, v_slot_stride),
-                peak,
-                total,
-                acc,
-                page_scale,
-                v_scale,
-                softcap,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                WINDOW,
-                SOFTCAP,
-                QUANTISED,
-                BLOCK_N,
-            )
+                first, context_len, peak, total, acc, *seen,
+                HEAD_SIZE, BLOCK_SIZE, WINDOW, SOFTCAP, QUANTISED, BLOCK_N,
+            )  # fmt: skip
         if first_split < last_split:
             merged_peak, merged_total, merged_acc = merge(
                 merged_peak, merged_total, merged_acc, peak, total, acc
@@ -391,12 +337,18 @@ def combine_splits_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     PER_DOUBLING: tl.constexpr,
+    # Triton's own option, too: the launch may begin before the one in front of it has ended.
+    launch_pdl: tl.constexpr,
 ):
     """Partial results of one row, a few query heads, merged in the order of parts."""
     row, request = tl.program_id(0), tl.program_id(1)
+    # Written before the launch in front, which began when all before it had ended.
     start = tl.load(query_start_ptr + request)
     end = tl.load(query_start_ptr + request + 1)
     seq_len = tl.load(seq_len_ptr + request)
+    if launch_pdl:
+        # Every program waits, those without work too: what comes next waits for this launch alone.
+        tl.extra.cuda.gdc_wait()
     num_queries = end - start
     if row >= num_queries:
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_config import AttentionConfig
+from .attention_config import EARLY_SM, AttentionConfig
 from .checks import QUANTISED_TYPES, TRITON_TYPES
 from .shipped import TARGETS, Shipped
 from .tree_attention_kernel import combine_splits_kernel, tree_attention_kernel
@@ -54,11 +54,20 @@ _MODELS = (
 )
 
 
+# Targets by whether the merge starts early.
+_LATE = tuple(sm for sm in TARGETS if sm < EARLY_SM)
+_EARLY = tuple(sm for sm in TARGETS if sm >= EARLY_SM)
+
+
 def shipped() -> list[Shipped]:
     """Models that DESIGN names, and the corners of what is supported; splits side by side and in turn."""
-    return [_shipped_kernel(model, parallel) for model in _MODELS for parallel in (False, True)] + [
-        _shipped_combine(model) for model in _MODELS[2:3] + _MODELS[-2:-1]
-    ]
+    listed = []
+    for model in _MODELS:
+        listed.append(_shipped_kernel(model, TARGETS, parallel=False))
+        for targets in (_LATE, _EARLY):
+            listed.append(_shipped_kernel(model, targets, parallel=True))
+    merged = _MODELS[2:3] + _MODELS[-2:-1]
+    return listed + [_shipped_combine(m, targets) for m in merged for targets in (_LATE, _EARLY)]
 
 
 def _config(model: _Model) -> AttentionConfig:
@@ -67,7 +76,7 @@ def _config(model: _Model) -> AttentionConfig:
     )
 
 
-def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
+def _shipped_kernel(model: _Model, targets: tuple[int, ...], parallel: bool) -> Shipped:
     config = _config(model)
     kind = f"*{TRITON_TYPES[model.dtype]}"
     quantised = model.cache_dtype is not None
@@ -89,6 +98,7 @@ def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
     constants = {
         **_shape_constants(model),
         "PARALLEL": parallel,
+        "EARLY_COMBINE": parallel and targets == _EARLY,
         "SOFTCAP": model.softcap,
         "SINKS": model.sinks,
         "QUANTISED_QUERY": quantised,
@@ -110,7 +120,7 @@ def _shipped_kernel(model: _Model, parallel: bool) -> Shipped:
         num_stages=config.num_stages,
         divisible=tuple(name for name in rest if name.endswith("_stride")),
         tensor_cores=model.dtype != torch.float32,
-        targets=tuple(sm for sm in TARGETS if sm >= 89 or cache != "*fp8e4nv"),
+        targets=tuple(sm for sm in targets if sm >= 89 or cache != "*fp8e4nv"),
     )
 
 
@@ -126,7 +136,7 @@ def _shape_constants(model: _Model) -> dict[str, int]:
     )
 
 
-def _shipped_combine(model: _Model) -> Shipped:
+def _shipped_combine(model: _Model, targets: tuple[int, ...]) -> Shipped:
     config = _config(model)
     pointers = {
         "out_ptr": f"*{TRITON_TYPES[model.dtype]}",
@@ -145,6 +155,8 @@ def _shipped_combine(model: _Model) -> Shipped:
             num_rows=model.num_rows,
             head_size=model.head_size,
             window=model.window,
-        ),
+        )
+        | {"launch_pdl": targets == _EARLY},
         divisible=("out_row_stride", "out_head_stride"),
+        targets=targets,
     )

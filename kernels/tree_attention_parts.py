@@ -109,17 +109,13 @@ def splits_seen(
 
 @triton.jit
 def load_pages(
-    k_ptr,
-    v_ptr,
-    table_row_ptr,
+    # keys, values, the request's row of the block table; strides of a page and of a slot, of each; scale of the values
+    cache,
     # [n] slots of the sequence
     slots,
     # [n] bool
     exists,
     dims,
-    k_strides,
-    v_strides,
-    v_scale,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUANTISED: tl.constexpr,
@@ -129,6 +125,7 @@ def load_pages(
 
     fp8 keys are cast, which is exact: their scale is a factor of the scores.
     """
+    k_ptr, v_ptr, table_row_ptr, k_strides, v_strides, v_scale = cache
     page = tl.load(table_row_ptr + slots // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
     offset = slots % BLOCK_SIZE
     k_rows = k_ptr + page * k_strides[0] + offset * k_strides[1]
@@ -151,9 +148,8 @@ def own_part(
     # of the request's line
     ancestor_bits_ptr,
     depth_ptr,
-    k_ptr,
-    v_ptr,
-    table_row_ptr,
+    # as load_pages takes it
+    cache,
     context_len,
     num_queries,
     has_tree,
@@ -164,11 +160,8 @@ def own_part(
     depth,
     sees_prompt,
     dims,
-    k_strides,
-    v_strides,
     scale,
     page_scale,
-    v_scale,
     softcap,
     NUM_KV_HEADS: tl.constexpr,
     NUM_WORDS: tl.constexpr,
@@ -205,19 +198,7 @@ def own_part(
         # A graph is captured with sequences shorter than their rows.
         exists = (own < num_queries) & (context_len + own >= 0)
         k, v = load_pages(
-            k_ptr,
-            v_ptr,
-            table_row_ptr,
-            context_len + own,
-            exists,
-            dims,
-            k_strides,
-            v_strides,
-            v_scale,
-            HEAD_SIZE,
-            BLOCK_SIZE,
-            QUANTISED,
-            q.dtype,
+            cache, context_len + own, exists, dims, HEAD_SIZE, BLOCK_SIZE, QUANTISED, q.dtype
         )
         seen = own[None, :] <= row[:, None]
         if has_tree:

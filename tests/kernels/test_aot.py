@@ -33,6 +33,19 @@ source = ASTSource(this.kernel, signature, dict(this.constexprs))
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"maxnreg": 40})
 print(read_cubin(compiled.asm["cubin"], look_for_tensor_cores=False))
 """
+EARLY_MERGE = """
+import re, triton
+from bita_kernels.aot import GPUTarget
+from bita_kernels.tree_attention import shipped
+from triton.compiler import ASTSource
+for this in shipped():
+    if this.name.startswith("Llama-3-8B R16 ") and this.constexprs.get("PARALLEL", True):
+        signature = {name: this.signature.get(name, "constexpr") for name in this.kernel.arg_names}
+        source = ASTSource(this.kernel, signature, dict(this.constexprs))
+        ptx = triton.compile(source, target=GPUTarget("cuda", this.targets[-1], 32)).asm["ptx"]
+        pattern = r"griddepcontrol.\\w+|ld.global|cp.async.c|st.global|\\bret;"
+        print(this.targets[-1], re.findall(pattern, ptx)[:5])
+"""
 
 
 def run_without_interpreter(*arguments: str | Path) -> str:
@@ -100,6 +113,18 @@ def test_attention_and_deltas_run_on_tensor_cores(compiled):
     needs = [row for row in compiled if row["needs_tensor_cores"] == "True"]
     assert {row["kernel"] for row in needs} == {"tree_attention", "add_mask_lora"}
     assert not offenders(needs, lambda row: not row["tensor_core"])
+
+
+@pytest.mark.slow
+def test_a_merge_that_starts_early_reads_partial_results_when_they_are_there():
+    """Before the wait come its three loads of what the attention was given, and no return; from sm_90 on."""
+    lines = run_without_interpreter("-W", "ignore", "-c", EARLY_MERGE).splitlines()
+    found = [(int(sm), literal_eval(names)) for sm, names in (line.split(" ", 1) for line in lines)]
+    assert [sm for sm, _ in found] == [89, 120, 89, 120]
+    assert found[1][1][0] == "griddepcontrol.launch_dependents"
+    assert found[3][1][:4] == [*["ld.global"] * 3, "griddepcontrol.wait"]
+    for _, names in (found[0], found[2]):
+        assert not any("griddepcontrol" in name for name in names)
 
 
 @pytest.mark.slow

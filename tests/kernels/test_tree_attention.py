@@ -12,6 +12,8 @@ from bita_kernels.tree_attention import SHORT_CONTEXT, Workspace, tree_attention
 from bita_kernels.tree_attention_naive import tree_attention_naive
 from bita_kernels.tree_table import TreeTable
 from random_trees import int32, random_template
+from triton.language.extra import cuda
+from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 from bita_vllm.tree import Template, TemplateTable
 
@@ -284,6 +286,38 @@ def test_short_contexts_go_in_turn_beside_long_ones(short, window):
         assert torch.equal(beside, case.run()[used])
         compared += len(beside)
     assert compared > 20
+
+
+@pytest.mark.parametrize("short", [0, SHORT_CONTEXT])
+def test_every_program_of_an_early_merge_waits_for_the_attention(short, monkeypatch):
+    """Those without work too: the next launch waits for the merge alone. On a GPU of sm_90 or newer."""
+    case = Case.random(5, context=300, template=Template.build([(0, 0), (0, 1)], {0: 2}))
+    late, calls = case.run(parallel=True, programs=5, short=short), []
+    record = lambda name: lambda: calls.append((name, *interpreter_builder.grid_idx))  # noqa: E731
+    monkeypatch.setattr(cuda, "gdc_launch_dependents", record("attention"))
+    monkeypatch.setattr(cuda, "gdc_wait", record("merge"))
+    monkeypatch.setattr(tree_attention_module, "starts_early", lambda device: True)
+    monkeypatch.setattr(tree_attention_module, "_plans", {})
+    grids, call = [], GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor,
+        "__call__",
+        lambda self, *a, **k: grids.append(self.grid) or call(self, *a, **k),
+    )
+    early = case.run(parallel=True, programs=5, short=short)
+    used = slice(int(case.arguments["query_start"][-1]))
+    assert torch.equal(early[used], late[used])
+    attention, merge = (list(np.ndindex(*grid)) for grid in grids)
+    assert sorted(calls) == sorted(
+        [("attention", *at) for at in attention] + [("merge", *at) for at in merge]
+    )
+
+
+@pytest.mark.parametrize(("sm", "early"), [((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_the_merge_starts_early_from_sm_90_on(sm, early, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: sm)
+    assert tree_attention_module.starts_early(torch.device("cuda")) == early
+    assert not tree_attention_module.starts_early(torch.device("cpu"))
 
 
 def test_few_tiles_have_their_splits_side_by_side():
