@@ -13,9 +13,11 @@ import torch
 from bita_kernels.accept_tree import accept_tree, accept_tree_naive
 from bita_kernels.add_mask_lora import add_mask_lora, make_arrivals
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
+from bita_kernels.begin_step import begin_step, begin_step_naive
 from bita_kernels.build_block import build_block
 from bita_kernels.build_block_naive import build_block_naive
 from bita_kernels.choice_table import ChoiceTable
+from bita_kernels.extend_paths import Chains, extend_paths, extend_paths_naive
 from bita_kernels.move_kv import LayerCaches, move_kv, move_kv_naive
 from bita_kernels.rank_tokens import Ranking
 from bita_kernels.tree_attention import Workspace, tree_attention
@@ -60,6 +62,87 @@ def attention_error(case: Case, parallel: bool) -> float:
             case.max_model_len, case.device,
         )  # fmt: skip
     return case.error(with_our_arguments(tree_attention, case, config, workspace)(0))
+
+
+def beginnings(device: torch.device) -> Iterator[Check]:
+    """A block cut short, one of the longest line, and a request without; places after the last request."""
+    for widths in TREES:
+        table = TreeTable.of(TemplateTable(Template.from_widths(widths, 3)), device)
+        masks = int(table.num_masks.max())
+        for num_masks, finds_masks in ((masks, True), (0, False)):
+
+            def arguments(
+                table: TreeTable = table,
+                num_masks: int = num_masks,
+                finds_masks: bool = finds_masks,
+            ) -> dict[str, Any]:
+                rows = (table.num_rows - 1, table.num_rows, 1)
+                starts = torch.tensor((0, *rows)).cumsum(0)
+                num_nodes, last = table.max_nodes, len(table.num_depths) - 1
+
+                def int32(*values: int) -> torch.Tensor:
+                    return torch.tensor(values, dtype=torch.int32, device=device)
+
+                def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+                    return torch.full((size,), -7, dtype=dtype, device=device)
+
+                outputs = ("line", "first_row", "num_rows", "context_len", "first_mask")
+                return {
+                    "query_start": starts.int().to(device),
+                    "cu_num_logits": int32(0, 2, 4, 5),
+                    "slots": torch.arange(REQUESTS, device=device).flip(0),
+                    "line_of_slot": int32(0, last, last),
+                    "input_ids": torch.arange(sum(rows), dtype=torch.int32, device=device),
+                    "positions": 50 + torch.arange(sum(rows), device=device),
+                    "table": table,
+                    "num_nodes": num_nodes,
+                    "num_masks": num_masks,
+                    **{name: empty(REQUESTS + 2) for name in outputs},
+                    "logits_rows": empty(REQUESTS * (num_nodes + num_masks), torch.int64),
+                    "node_tokens": empty(REQUESTS * num_nodes),
+                    "node_positions": empty(REQUESTS * num_nodes, torch.int64),
+                    "node_slots": empty(REQUESTS * num_nodes, torch.int64),
+                    "mask_rows": empty(sum(rows), torch.int64) if finds_masks else None,
+                    "num_mask_rows": empty(1, torch.int64) if finds_masks else None,
+                }
+
+            names = ("positions", "line", "first_row", "num_rows", "context_len", "first_mask")
+            names += ("logits_rows", "node_tokens", "node_positions", "node_slots")
+            names += ("mask_rows", "num_mask_rows") if finds_masks else ()
+            yield (
+                f"begin_step, {widths}{', mask rows' if finds_masks else ''}",
+                lambda a=arguments, names=names: different(begin_step, begin_step_naive, a, names),
+            )
+
+
+def paths(device: torch.device) -> Iterator[Check]:
+    """Paths from their roots to every depth; few tokens, so that some find a child and some do not."""
+    for widths in TREES:
+        table = TreeTable.of(TemplateTable(Template.from_widths(widths, 3)), device)
+
+        def error(table: TreeTable = table) -> float:
+            generator = torch.Generator().manual_seed(0)
+            last, nodes = len(table.num_depths) - 1, table.max_nodes
+            line = torch.tensor([last, last, -1], dtype=torch.int32, device=device)
+            rows = torch.tensor([table.num_rows, nodes - 1, 1], dtype=torch.int32, device=device)
+            tokens = torch.randint(0, 2, (REQUESTS * nodes,), generator=generator).int().to(device)
+            positions = torch.arange(REQUESTS * nodes, device=device)
+            slots = torch.arange(REQUESTS, device=device).flip(0)
+            mine, theirs = (Chains.empty(REQUESTS, nodes, table) for _ in range(2))
+            for tensor in (*vars(mine).values(), *vars(theirs).values()):
+                tensor.fill_(-7)
+            sampled, wrong = None, 0
+            for length in range(table.max_depth + 2):
+                given = (sampled, length, line, rows, tokens, positions, slots, table)
+                extend_paths(*given, mine)
+                extend_paths_naive(*given, theirs)
+                pairs = zip(vars(mine).values(), vars(theirs).values(), strict=True)
+                wrong += any(not torch.equal(a, b) for a, b in pairs)
+                drawn = torch.randint(0, 2, (REQUESTS * (length + 1),), generator=generator)
+                sampled = drawn.to(device)
+            return float(wrong)
+
+        yield f"extend_paths, {widths}", error
 
 
 def walks(device: torch.device) -> Iterator[Check]:
@@ -220,10 +303,13 @@ def different(
     return float(any(not torch.equal(mine[name], theirs[name]) for name in names))
 
 
+KINDS = (attention, beginnings, walks, paths, blocks, moves, deltas)
+
+
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tolerance, wrong = (2e-2 if device.type == "cuda" else 1e-4), 0
-    for kind in (attention, walks, blocks, moves, deltas):
+    for kind in KINDS:
         for name, error_of in kind(device):
             error = error_of()
             wrong += error > tolerance

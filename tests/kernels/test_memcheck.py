@@ -3,14 +3,21 @@
 import memcheck
 import pytest
 import torch
+from bita_kernels.aot import KERNEL_FILES
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", ["walks", "blocks", "moves", "deltas"])
+@pytest.mark.parametrize("kind", ["beginnings", "walks", "paths", "blocks", "moves", "deltas"])
 def test_every_kernel_equals_its_twin(kind):
     for name, error_of in getattr(memcheck, kind)(CPU):
         assert error_of() < 1e-5, name
+
+
+def test_every_kernel_file_has_cases():
+    cases = {case[0].split(",")[0] for kind in memcheck.KINDS for case in kind(CPU)}
+    # build_block ranks the tokens that it chooses from
+    assert cases | {"rank_tokens"} == set(KERNEL_FILES)
 
 
 def test_tree_attention_as_the_kernel_benchmark_calls_it():
