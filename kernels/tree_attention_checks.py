@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -14,30 +15,37 @@ from .tree_table import TreeTable
 HEAD_SIZES = range(16, 257, 16)
 
 
-def check_arguments(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    line: torch.Tensor,
-    table: TreeTable,
-    prompt_keys: torch.Tensor,
-    prompt_values: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    config: AttentionConfig,
-    max_query_len: int,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    q_scale: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    """Raise ValueError for the first of `tree_attention`'s arguments that does not fit the others."""
+@dataclass(frozen=True)
+class Arguments:
+    """What `tree_attention` was called with, under its own names (a workspace and the longest sequence go apart)."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    line: torch.Tensor
+    table: TreeTable
+    prompt_keys: torch.Tensor
+    prompt_values: torch.Tensor
+    out: torch.Tensor
+    scale: float
+    config: AttentionConfig
+    max_query_len: int
+    window: int
+    softcap: float
+    sinks: torch.Tensor | None
+    q_scale: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+
+
+def check_arguments(given: Arguments) -> None:
+    """Raise ValueError for the first of the arguments that does not fit the others."""
+    query, key_cache, line, out, table = (
+        given.query, given.key_cache, given.line, given.out, given.table
+    )  # fmt: skip
     device, num_requests = query.device, line.shape[0] if line.dim() else 0
     query_types = [*TRITON_TYPES, *QUANTISED_TYPES]
     check_tensor("query", query, [None, None, None], query_types, device, contiguous=False)
@@ -53,7 +61,12 @@ def check_arguments(
     cache_shape = [None, None, None, head_size]
     check_tensor("key_cache", key_cache, cache_shape, cache_types, device, contiguous=False)
     check_tensor(
-        "value_cache", value_cache, key_cache.shape, [key_cache.dtype], device, contiguous=False
+        "value_cache",
+        given.value_cache,
+        key_cache.shape,
+        [key_cache.dtype],
+        device,
+        contiguous=False,
     )
     num_kv_heads = key_cache.shape[2]
     if num_kv_heads == 0 or num_q_heads % num_kv_heads:
@@ -62,47 +75,48 @@ def check_arguments(
         )
     integers = [torch.int32]
     check_tensor(
-        "block_table", block_table, [num_requests, None], integers, device, contiguous=False
+        "block_table", given.block_table, [num_requests, None], integers, device, contiguous=False
     )
-    check_tensor("query_start", query_start, [num_requests + 1], integers, device)
-    check_tensor("seq_lens", seq_lens, [num_requests], integers, device)
+    check_tensor("query_start", given.query_start, [num_requests + 1], integers, device)
+    check_tensor("seq_lens", given.seq_lens, [num_requests], integers, device)
     check_tensor("line", line, [num_requests], integers, device)
     check_tensor("table.depth", table.depth, [None, None], integers, device)
     prompt_shape = [None, num_kv_heads, head_size]
-    check_tensor("prompt_keys", prompt_keys, prompt_shape, [out.dtype], device)
-    check_tensor("prompt_values", prompt_values, prompt_keys.shape, [out.dtype], device)
-    if sinks is not None:
-        check_tensor("sinks", sinks, [num_q_heads], list(TRITON_TYPES), device)
-    for name, given, scaled in (
-        ("q_scale", q_scale, query),
-        ("k_scale", k_scale, key_cache),
-        ("v_scale", v_scale, value_cache),
+    check_tensor("prompt_keys", given.prompt_keys, prompt_shape, [out.dtype], device)
+    check_tensor("prompt_values", given.prompt_values, given.prompt_keys.shape, [out.dtype], device)
+    if given.sinks is not None:
+        check_tensor("sinks", given.sinks, [num_q_heads], list(TRITON_TYPES), device)
+    for name, scale, scaled in (
+        ("q_scale", given.q_scale, query),
+        ("k_scale", given.k_scale, key_cache),
+        ("v_scale", given.v_scale, given.value_cache),
     ):
         quantised = scaled.dtype in QUANTISED_TYPES
-        if quantised != (given is not None):
+        if quantised != (scale is not None):
             expected = "one fp32 number" if quantised else "None"
             raise ValueError(
-                f"{name} is {'None' if given is None else 'given'}, expected {expected} where "
+                f"{name} is {'None' if scale is None else 'given'}, expected {expected} where "
                 f"what it scales is {scaled.dtype}."
             )
-        if given is not None and (given.numel() != 1 or given.dtype != torch.float32):
+        if scale is not None and (scale.numel() != 1 or scale.dtype != torch.float32):
             raise ValueError(
-                f"{name} has {given.numel()} numbers of {given.dtype}, expected one of torch.float32."
+                f"{name} has {scale.numel()} numbers of {scale.dtype}, expected one of torch.float32."
             )
     for name, number, least, most in (
-        ("max_query_len", max_query_len, 1, max(num_rows, 1)),
-        ("window", window, 0, math.inf),
-        ("softcap", softcap, 0, math.inf),
-        ("scale", scale, sys.float_info.min, math.inf),
+        ("max_query_len", given.max_query_len, 1, max(num_rows, 1)),
+        ("window", given.window, 0, math.inf),
+        ("softcap", given.softcap, 0, math.inf),
+        ("scale", given.scale, sys.float_info.min, math.inf),
     ):
         if not least <= number <= most:
             raise ValueError(f"{name} is {number}, expected {least} to {most}.")
-    if max_query_len > table.num_rows:
+    if given.max_query_len > table.num_rows:
         raise ValueError(
-            f"max_query_len is {max_query_len}, expected at most the table's {table.num_rows} rows: "
+            f"max_query_len is {given.max_query_len}, expected at most the table's {table.num_rows} rows: "
             "prefill is for other kernels."
         )
-    if config.split % config.block_n:
+    split, block_n = given.config.split, given.config.block_n
+    if split % block_n:
         raise ValueError(
-            f"config has splits of {config.split} slots, expected a multiple of its tile's {config.block_n}."
+            f"config has splits of {split} slots, expected a multiple of its tile's {block_n}."
         )
