@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import wraps
 from inspect import signature
 from types import SimpleNamespace
+
+from quick_interpreter import quicken
 
 RUNNER_ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
@@ -50,7 +52,8 @@ def install() -> None:
     triton.backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=Driver)
     triton.runtime.driver._active = Driver()
     _allow_integer_masks()
-    _quicken()
+    quicken()
+    _without_overflow_checks()
     # vLLM's cache writer asks before it launches.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
@@ -68,23 +71,12 @@ def _allow_integer_masks() -> None:
     interpreter.InterpreterBuilder.create_masked_store = masked_store
 
 
-def _quicken() -> None:
-    """Three quarters of the interpreter's time were its own book-keeping; tests/kernels run it as it is."""
-    import triton.language as tl
+def _without_overflow_checks() -> None:
+    """Every sum of integers is computed again in 64 bits; tests/kernels leave it at that."""
     import triton.runtime.interpreter as interpreter
 
-    # Once and for good, not at every launch and every call of a device function.
-    languages = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    interpreter._patch_lang(languages)
-    interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
-    # Every sum of integers is computed again in 64 bits.
     interpreter.interpreter_builder.options = replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
-    )
-    # It makes the table of all types at every load.
-    numpy_type = lru_cache(interpreter._get_np_dtype)
-    interpreter._get_np_dtype = lambda dtype: numpy_type(
-        tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar  # pointers have no hash
     )
 
 

@@ -6,7 +6,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import triton.language as tl
+from quick_interpreter import quicken
 from triton.runtime import interpreter
+
+quicken()
 
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
