@@ -39,14 +39,16 @@ $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
 
 GPU_TESTS := $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py mixed_steps.py launches.py gpu_faults.py gpu_suite.py \
 	request_features.py ladder.py token_budget.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py \
-	tensor_parallel.py lossless_architectures.py thinking_budget.py logits_processors.py)
+	tensor_parallel.py lossless_architectures.py thinking_budget.py logits_processors.py async_budget.py)
+# A file goes to one worker, the longest first (tests/conftest.py). One thread each: two would wait for the other worker's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kernels and the GPU runner are tested apart: Triton's interpreter holds for a whole process. All groups run, whatever fails.
 test: venv
 	failed=0; \
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/kernels $(ARGS) || failed=1; \
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/kernels $(ARGS) || failed=1; \
-	$(BIN)/pytest -n 2 --dist loadscope --runner gpu $(GPU_TESTS) $(ARGS) || failed=1; \
+	$(PYTEST) --ignore tests/kernels $(ARGS) || failed=1; \
+	$(PYTEST) tests/kernels $(ARGS) || failed=1; \
+	$(PYTEST) --runner gpu $(GPU_TESTS) $(ARGS) || failed=1; \
 	exit $$failed
 
 quality: venv

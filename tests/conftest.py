@@ -9,6 +9,21 @@ import pytest
 
 from bita_vllm.embedded import embedded_model_dir
 
+# Files that take longest, longest first: of two workers none starts a long one when the other is done. Of each group.
+LONGEST = {
+    "cpu": [
+        *("lossless_embedded", "faults", "unchanged_without_bita", "soak", "server", "server_load"),
+        *("hostile_files", "other_models", "cpu_kernels", "compiled_deltas", "sampling_distribution"),
+        *("bad_input", "accepted_length", "suite_engines", "train_command", "trainer", "plain_steps"),
+        *("data_and_eval", "bf16", "aot", "tree_attention"),
+    ],
+    "gpu": [
+        *("shipped_sets", "vllm_0_33", "mixed_steps", "weight_reload", "gpu_suite", "structured_output"),
+        *("request_features", "lossless_architectures", "gpu_runner", "tune", "tensor_parallel"),
+        *("token_budget", "thinking_budget"),
+    ],
+}  # fmt: skip
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -29,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         v2_on_cpu.install()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    longest = LONGEST[config.getoption("runner")]
+    place = {f"test_{name}": i for i, name in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def same_environment_after() -> Iterator[None]:
     """What a test sets (`bita` itself turns vLLM's log down) does not reach the next one."""
@@ -36,6 +57,17 @@ def same_environment_after() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Of torch, for what shares its work out: `make test` gives each process one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

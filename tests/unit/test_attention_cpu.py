@@ -12,6 +12,8 @@ from bita_vllm.attention.cpu import TreeMetadata
 from bita_vllm.step.host import NO_BLOCK, StepBlocks
 from bita_vllm.tree import Template, TemplateTable
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 HEADS_KV, GROUP, P = 2, 3, 5
 SCALE = 0.2
 TABLE = TemplateTable(Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2}))

@@ -12,6 +12,8 @@ from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive, pack_m
 from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from bita_kernels.top_tokens_cpu_naive import top_tokens_cpu_naive
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def case(dtype, num_mask_rows, rank, num_parts, size_in=70, part_size=37):
     generator = torch.Generator().manual_seed(num_mask_rows)

@@ -15,6 +15,8 @@ from bita_kernels.linear_bf16_cpu_naive import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 KERNELS = ["kernel", "twin"]
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from bita_vllm.runner import cpu_linear as linear_cpu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 KERNELS = ["kernel", "twin"]
 
 
