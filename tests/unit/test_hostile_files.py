@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from testbed.tiny_models import make_tiny_model
 
 from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import AdapterConfig, AdapterError
-from bita_vllm.tree import Template, TemplateError
+from bita_vllm.tree import Template, TemplateError, search
 from bita_vllm.tree.ladder import Ladder, LadderError
 from bita_vllm.tree.template_set import TemplateSet, set_within
 
@@ -184,9 +185,17 @@ def small_config() -> Any:
     return content
 
 
+@pytest.fixture
+def drafts_made_once(monkeypatch):
+    """All drafts of a few rows, which the search makes anew for any statistics: half of its time."""
+    every_draft = search.every_draft
+    made = lru_cache(32)(lambda *sizes: list(every_draft(*sizes)))
+    monkeypatch.setattr(search, "every_draft", made)
+
+
 @MUTATIONS
 @given(content=mutated(small_config()))
-def test_adapter_configs(tmp_path, content):
+def test_adapter_configs(tmp_path, drafts_made_once, content):
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with one_sentence():
