@@ -6,6 +6,7 @@ In the process, so that a test can look into the runner and put known tokens int
 
 from __future__ import annotations
 
+import atexit
 import gc
 import inspect
 import json
@@ -39,6 +40,10 @@ from bita_vllm.training.mask_lora import MaskLora
 ON_GPU_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 NEAR_TIE = 1e-4  # of the base model's top two logits: there, fp32 rounding may choose the token
 
+# vLLM and torch are half a second of every collection, and each engine's end is one.
+gc.freeze()
+atexit.register(gc.unfreeze)  # else libraries report at the end what was not freed
+
 Request = tuple[list[int], SamplingParams]  # a prompt's token ids, and what is asked for
 Requests = Sequence[Request]
 
@@ -67,6 +72,9 @@ def in_this_process(num_ranks: int = 1) -> Iterator[None]:
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
         # vLLM does it a dozen times an engine: seconds, as long as all the rest of a tiny one's start.
         patch.setattr(gc, "collect", lambda generation=2: 0)
+        # What has been imported stays out of the collector's way, whatever vLLM says at an engine's start and end.
+        for name in ("freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda: None)
         if num_ranks > 1:
             _fork_ranks(patch)
         if ON_GPU_RUNNER:
@@ -101,7 +109,7 @@ def engine(
         "block_size": 32,
         "disable_log_stats": False,
         # All of it is written at the start.
-        "kv_cache_memory_bytes": 2**27 if ON_GPU_RUNNER else 2**30,
+        "kv_cache_memory_bytes": 2**27 if ON_GPU_RUNNER else 2**28,
     }
     with torch_threads(threads), in_this_process(options.get("tensor_parallel_size", 1)):
         llm = LLM(str(model), **{**defaults, **options})
