@@ -116,7 +116,7 @@ def test_an_installed_package_has_the_sources(tmp_path):
         assert (tmp_path / "bita_kernels" / source.name).is_file()
 
 
-def test_a_build_is_made_once(tmp_path, monkeypatch):
+def test_a_build_is_made_once(tmp_path, monkeypatch, one_source):
     made = cpu_kernels.build(tmp_path)
     monkeypatch.setattr(cpu_kernels, "FLAGS", [*cpu_kernels.FLAGS])
     modified = made.stat().st_mtime_ns
