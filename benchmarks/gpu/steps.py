@@ -124,10 +124,13 @@ def run_cli_interpreted(argv: Sequence[str]) -> None:
     from e2e.engines import in_this_process, torch_threads
 
     from bita_vllm import cli
-    from bita_vllm.tuning import profile
+    from bita_vllm.tuning import answers, profile
 
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # stronger than any argument
-    profile.PRECISION, profile.MOST_WARM_UPS = 10.0, 1  # what it prints is no figure: few rounds do
+    # What it prints is no figure: little of everything does.
+    profile.PRECISION, profile.MOST_WARM_UPS = 10.0, 1
+    answers.NUM_ANSWERS, answers.MOST_ATTEMPTS = 2, 1
+    answers.PROMPT_TOKENS, answers.ANSWER_TOKENS = 8, 8
     with torch_threads(1), in_this_process():
         if cli.main(list(argv)):
             raise RuntimeError("bita tune failed")

@@ -1,9 +1,9 @@
 """Rows by load where nobody has measured any: a ladder from what is known of the machine.
 
-The ladder of an adapter that `bita tune` was not run for. It is chosen as `bita tune` chooses (`tree/ladder_search.py`), by
-a predicted cost: on a GPU the roofline of its memory and its tensor cores, on a CPU a price for every row. A step's
-rows stay below the knee, where matrix products begin to cost; beyond it decoding is plain. What is
-seen while serving corrects the table (`online.py`).
+The ladder of an adapter that `bita tune` was not run for. It is chosen as `bita tune` chooses
+(`tree/ladder_search.py`), by a predicted cost: on a GPU the roofline of its memory and its tensor cores, on a CPU a
+price for every row. A step's rows stay below the knee, where matrix products begin to cost; beyond it decoding is
+plain. What is seen while serving corrects the table (`online.py`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,11 +14,14 @@ from e2e.engines import ON_GPU_RUNNER, in_this_process, make_adapter, torch_thre
 from vllm.platforms.cpu import CpuPlatform
 
 from bita_vllm import cli
+from bita_vllm.embedded import embedded_model_dir
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
 from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tree.step_cost import MeasuredCost
-from bita_vllm.tuning import profile
+from bita_vllm.tuning import answers, profile
+
+SHIPPED = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
 
 
 def schedule_ahead(monkeypatch):
@@ -53,6 +57,9 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
         # As few rounds as there can be: the interpreter takes its time.
         monkeypatch.setattr(profile, "PRECISION", 10.0)
         monkeypatch.setattr(profile, "MOST_WARM_UPS", 1)
+        few = {"NUM_ANSWERS": 2, "MOST_ATTEMPTS": 1, "PROMPT_TOKENS": 8, "ANSWER_TOKENS": 8}
+        for name, value in few.items():
+            monkeypatch.setattr(answers, name, value)
     with torch_threads(1), in_this_process():
         assert cli.main(argv) == 0
     (config,) = configs
@@ -81,12 +88,35 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
     output = capsys.readouterr()
     assert "to plain" in output.out
     assert "no acceptance statistics" in output.err
+    assert "taken from the adapter's statistics alone" in output.err, "a random model never ends"
+    assert ladder.provenance["answers"] is None
+    assert ladder.provenance["acceptance_reached"] == 1
 
     with in_this_process():
         assert cli.main(argv) == 0  # at once: the steps are not timed again
     assert "step times are taken from" in capsys.readouterr().out
     assert Ladder.load(adapter / LADDER_FILE).provenance["step_seconds"] == points
     assert len(configs) == 1
+
+
+@pytest.mark.skipif(ON_GPU_RUNNER, reason="a model that can write takes the interpreter too long")
+def test_what_a_models_own_answers_say_goes_into_the_ladder(tmp_path, capsys):
+    """The shipped adapter on its model, with the template sets that serving has."""
+    out = tmp_path / "ladder.json"
+    argv = [
+        "tune", str(SHIPPED), "--model", str(embedded_model_dir()), "--requests", "1", "8", "--rows", "8",
+        "--max-num-seqs", "8", "--out", str(out), "--engine-args", json.dumps({"enforce_eager": True}),
+    ]  # fmt: skip
+    with torch_threads(1), in_this_process():
+        assert cli.main(argv) == 0
+    provenance = Ladder.load(out).provenance
+    served = answers.Answers(*provenance["answers"])
+    assert served.rows == 8
+    assert served.steps > 500, "that many say something"
+    assert 1.5 < served.accepted_length < 2.3, "2.0 by the adapter's statistics"
+    assert 0.5 < provenance["acceptance_reached"] < 1.2
+    sentence = " ".join(capsys.readouterr().out.split())
+    assert f"came with {served.accepted_length:.2f} a step in blocks of 8 rows" in sentence
 
 
 @pytest.mark.skipif(ON_GPU_RUNNER, reason="the command in a process of its own, on the CPU")

@@ -306,7 +306,12 @@ def test_ladders_without_measured_cost_stay_as_they_are():
     alone, width = sets_of_one([template]), template.num_rows - 1
     ranges = [(1, 2, width), (3, 8, 0)]
     assert policy_of(Ladder(alone, ranges), adapter, 8, False) is None
-    assert policy_of(Ladder(alone, ranges, points), adapter, 8, False)
+    policy = policy_of(Ladder(alone, ranges, points), adapter, 8, False)
+    assert policy
+    half = policy_of(
+        Ladder(alone, ranges, {**points, "acceptance_reached": 0.5}), adapter, 8, False
+    )
+    assert np.allclose(half.acceptance.expected, policy.acceptance.expected / 2)
 
 
 @pytest.mark.parametrize(
