@@ -17,11 +17,12 @@ import numpy as np
 from bita_vllm.training.generate import GenerateConfig, Generator
 from bita_vllm.training.own_prompts import UserTurn
 from bita_vllm.training.samples import DataError
+from bita_vllm.tree.ladder import PLAIN_WIDTH
 from bita_vllm.tree.search import Draft, evaluate, scaled
 from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.profile import scheduler_of, set_width
 
-NUM_ANSWERS = 16
+NUM_ANSWERS = 12
 PROMPT_TOKENS, ANSWER_TOKENS = 96, 192  # at most
 MOST_ATTEMPTS = 3  # batches of prompts, until there are enough
 FEWEST_STEPS = 100  # that say something
@@ -74,11 +75,12 @@ def serve_answers(llm: Any, rows: int) -> Answers | None:
     except DataError as error:
         _say_nothing_seen(str(error).split(", so ")[0].rstrip("."))
         return None
-    set_width(scheduler_of(llm), rows - 1)
+    set_width(scheduler_of(llm), PLAIN_WIDTH)
     prompts: list[tuple[str, list[int]]] = []
     for attempt in range(MOST_ATTEMPTS):
-        missing = NUM_ANSWERS - len(prompts)
-        prompts += generator.own_prompts(turn, len(prompts), attempt, missing)[:missing]
+        if missing := NUM_ANSWERS - len(prompts):
+            prompts += generator.own_prompts(turn, len(prompts), attempt, missing)[:missing]
+    set_width(scheduler_of(llm), rows - 1)
     with _counting_decode_steps(llm) as count:
         samples = generator.answers(prompts)
     answers = Answers(rows, sum(len(one.answer_ids) - 1 for one in samples), count[0])

@@ -29,7 +29,7 @@ STEPS_A_ROUND = 4
 STEPS_TOGETHER = 8
 # Rounds go on until every interval is as narrow as this, relative to its middle; but not longer, and no more of them.
 PRECISION = 0.02
-MOST_SECONDS = 15.0
+MOST_SECONDS = 10.0
 MOST_ROUNDS = 24
 # A machine is warm when a round takes no less than this share of the one before it.
 STEADY = 0.97
