@@ -1,6 +1,7 @@
 """The online policy beside a neighbour that takes a core in bursts: drafts stay where they pay, and only there."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,12 +46,27 @@ def bursts(seed=0, steps=20_000):
     return np.stack([factor, busy], axis=1)
 
 
+def recorded():
+    """The same of a real engine's steps: `benchmarks/record_noise.py`."""
+    with np.load(Path(__file__).parents[2] / "data" / "noisy_steps.npz") as data:
+        return data["noise"].astype(float)
+
+
 def cost_of(gain):
     """Steps of a block take so long that the drafts bring this gain."""
     _, _, _, length, rows = load()
     return MeasuredCost([(1, 1, PLAIN_STEP), (1, rows, PLAIN_STEP * length / gain)])
 
 
+def test_what_was_recorded_is_noise():
+    """A neighbour had half a core: some steps lacked CPU time, and took longer."""
+    factor, busy = recorded().T
+    lacking = busy < 0.9 * np.quantile(busy, 0.9)
+    assert 0.1 < lacking.mean() < 0.9
+    assert np.median(factor[lacking]) > 1.1 * np.median(factor[~lacking])
+
+
+@pytest.mark.parametrize("noise", [bursts, recorded])
 @pytest.mark.parametrize(
     ("promised", "gain", "drafts"),
     [
@@ -63,7 +79,7 @@ def cost_of(gain):
         (1.3, 0.9, False),
     ],
 )
-def test_drafts_are_served_where_they_pay(promised, gain, drafts):
+def test_drafts_are_served_where_they_pay(promised, gain, drafts, noise):
     traces, acceptance, template, _, _ = load()
     ladder = Ladder(sets_of_one([template]), [(1, 1, template.num_rows - 1), (2, 2, 0)])
     policy = WidthPolicy(ladder, acceptance, cost_of(promised), 2, now=0.0)
@@ -75,8 +91,7 @@ def test_drafts_are_served_where_they_pay(promised, gain, drafts):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "review", reviewing)
-        noise = bursts()
-        simulate(ladder, traces, cost_of(gain), 1, num_walks=30_000, policy=policy, noise=noise)
+        simulate(ladder, traces, cost_of(gain), 1, num_walks=30_000, policy=policy, noise=noise())
     share = np.mean(np.array(widths) > 0)
     print(f"promised {promised}, gain {gain}: drafts in {share:.3f} of the steps")
     assert share > 0.97 if drafts else share < 0.2
