@@ -283,7 +283,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tree", action="append", metavar="TREE", help="a BiTA arm, repeatable: 'auto' (default), "
-        "'auto:16' (at most 16 rows), widths such as '5,4,3', or a template file")  # fmt: skip
+        "'auto:16' (at most 16 rows), widths per depth such as '5,4,3', or a template file")  # fmt: skip
     add("--rows", action="append", type=int, metavar="R", help="the same as --tree auto:R")
     add("--concurrency", type=int, nargs="+", metavar="N",
         help="requests in flight (default: 1 2 4 8; with --row-cost 1)")  # fmt: skip

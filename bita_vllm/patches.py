@@ -144,7 +144,7 @@ PATCHES = (
     ),
     Hook(
         "vllm.v1.engine.input_processor:InputProcessor._validate_model_input",
-        "ids behind the vocabulary are mask tokens: no prompt may hold them",
+        "ids beyond the vocabulary are mask tokens: no prompt may hold them",
         "(self, prompt_input, prompt_type)",
         _validate_model_input,
     ),

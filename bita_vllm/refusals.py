@@ -162,7 +162,7 @@ def _unsupported_engine(c: VllmConfig) -> Iterator[tuple[str, bool]]:
 def refuse_prompt(vllm_config: VllmConfig, token_ids: Sequence[int]) -> str | None:
     """Why a prompt cannot be served with bita, or None.
 
-    vLLM lets through what its tokenizer knows, and anything without a tokenizer; with bita, ids behind the
+    vLLM lets through what its tokenizer knows, and anything without a tokenizer; with bita, ids beyond the
     vocabulary are mask tokens.
     """
     vocab_size = vllm_config.model_config.get_vocab_size()

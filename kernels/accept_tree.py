@@ -1,7 +1,7 @@
-"""Verification: walk each request's tree along the target's own tokens (DESIGN section 2).
+"""Verification: walk each request's tree along the target's own tokens.
 
 At a node take the target's token; if a child holds it, go there, else stop. The tokens taken are the
-output. The mask rows that predict the positions behind the stop give the candidates of the next block.
+output. The mask rows that predict the positions after the stop give the candidates of the next block.
 
 Greedy targets are `torch.argmax(logits, dim=-1, out=target_tokens)`: one launch that reads the logits
 once, in their own dtype (no fp32 copy), and writes 8 bytes a row. Ties go to the lowest token id, NaN counts as
@@ -42,7 +42,7 @@ def accept_tree(
     # Outputs. [B, max_depth + 3] int32 or int64, emitted tokens, -1 after the last; then the request's line, and the
     # row in the block where the walk stopped: one buffer, as it travels to the host
     tokens: torch.Tensor,
-    # [B, max_depth + 1] int32, row in the block at each step of the walk, 0 behind the last
+    # [B, max_depth + 1] int32, row in the block at each step of the walk, 0 after the last
     path: torch.Tensor,
     # [B] int32, tokens emitted
     num_emitted: torch.Tensor,

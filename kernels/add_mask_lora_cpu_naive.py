@@ -34,7 +34,7 @@ def add_mask_lora_cpu_naive(
     packed_a: torch.Tensor,
     # [panels, rank, PANEL]
     packed_b: torch.Tensor,
-    # [parts, 2] int32, first column of each part in the output, and the one behind its last
+    # [parts, 2] int32, first column of each part in the output, and the one after its last
     parts: torch.Tensor,
     # [capacity] int64, rows of the step that are mask rows, in front
     mask_rows: torch.Tensor,

@@ -267,7 +267,7 @@ def _rows(mask_rows_ptr, tile, num, num_rows, BLOCK_M: tl.constexpr):
 def _column_tile(parts_ptr, place, NUM_PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return (part, tile of columns, first column and end of the part) of an expand program.
 
-    Tiles begin at multiples of their size, whatever the parts; a program behind the last tile gets an empty part.
+    Tiles begin at multiples of their size, whatever the parts; a program after the last tile gets an empty part.
     """
     part, column_tile, first, end, num_tiles = 0, 0, 0, 0, 0
     for p in tl.static_range(NUM_PARTS):

@@ -32,7 +32,7 @@ def pack_deltas_bf16(
     lora_a: torch.Tensor,
     # [out, rank]
     lora_b: torch.Tensor,
-    # [parts, 2] int32, first column of each part in the output, and the one behind its last
+    # [parts, 2] int32, first column of each part in the output, and the one after its last
     parts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """A, B and `[panels]` int32, the part of each panel of outputs, -1 for none; None if a panel has two parts.

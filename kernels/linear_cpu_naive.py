@@ -28,7 +28,7 @@ def pack_linear(
 ) -> torch.Tensor:
     """`[panels, in, PANEL]`; what is beyond the last output is zero.
 
-    In bfloat16, outputs j and j + 8 of a panel lie beside each other, in one word.
+    In bfloat16, outputs j and j + 8 of a panel lie next to each other, in one word.
     """
     missing = -len(weight) % PANEL
     panels = F.pad(weight.to(dtype), (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).transpose(1, 2)

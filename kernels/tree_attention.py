@@ -1,7 +1,7 @@
 """Attention of step blocks over a paged KV cache: context, own rows by ancestry, prompt tokens, one softmax.
 
-Replaces the causal mask of plain decoding where a request's rows are a tree (DESIGN sections 2 and 7).
-A request's KV lies in linear slots 0 to seq_len - 1 behind its block table; its own rows are the last
+Replaces the causal mask of plain decoding where a request's rows are a tree.
+A request's KV lies in linear slots 0 to seq_len - 1, which its block table maps to pages; its own rows are the last
 ones and have been written before. Every row sees the committed context in front of them. Among its own
 rows it sees itself and its ancestors (a block), or itself and the rows before it (line -1: padding, a
 request without a block). Mask rows also see the prompt tokens. Prefill is for other kernels: a request

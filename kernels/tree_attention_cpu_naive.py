@@ -1,4 +1,4 @@
-"""Tree attention over vLLM's CPU cache, a request at a time: the twin of `tree_attention_cpu` (cpu_kernels.cpp)."""
+"""Tree attention over vLLM's CPU cache, a request at a time: the twin of `tree_attention_cpu`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def tree_attention_cpu_naive(
     # positions, not slots; below 1 for none
     window: int,
 ) -> None:
-    """Prompt tokens, committed context and own rows in one softmax, in fp32; prompt tokens are within any window."""
+    """Write the attention of every row of a block over prompt tokens, committed context and own rows, in fp32.
+
+    All three are in one softmax. The window does not apply to prompt tokens.
+    """
     (num_blocks, heads, block_size, _), dim = kv_cache.shape, query.shape[2]
     pages = kv_cache.view(num_blocks, heads, 2, block_size * dim)
     for b in torch.nonzero(line >= 0).flatten().tolist():
@@ -59,5 +62,7 @@ def tree_attention_cpu_naive(
             visible &= (c + own)[:, None] - torch.cat([torch.arange(c), c + own]) < window
         prompt = (mask_index[of, :n, None] >= 0).expand(n, prompt_keys.shape[2])
         scores.masked_fill_(~torch.cat([prompt, visible], dim=1), float("-inf"))
-        every = torch.cat([prompt_values, values[:, : c + n]], dim=1)[:, None]
-        out[rows] = (scores.softmax(dim=-1) @ every).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        all_values = torch.cat([prompt_values, values[:, : c + n]], dim=1)[:, None]
+        out[rows] = (
+            (scores.softmax(dim=-1) @ all_values).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        )

@@ -1,4 +1,4 @@
-"""Shipped configurations of `tree_attention`: models that DESIGN names, and the corners of what is supported."""
+"""Shipped configurations of `tree_attention`: the models that are tested, and the corners of what is supported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _EARLY = tuple(sm for sm in TARGETS if sm >= EARLY_SM)
 
 
 def shipped() -> list[Shipped]:
-    """Models that DESIGN names, and the corners of what is supported; splits side by side and in turn."""
+    """The models, and the corners of what is supported; each with splits in parallel and in turn."""
     listed = []
     for model in _MODELS:
         listed.append(_shipped_kernel(model, TARGETS, parallel=False))

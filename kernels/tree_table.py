@@ -12,7 +12,7 @@ COLUMNS = ("num_nodes", "parent", "rank", "depth", "mask_index", "candidate_rows
 
 @dataclass(frozen=True)
 class TreeTable:
-    """Lines of one template, or of several behind each other, padded to R rows.
+    """Lines of one template, or of several one after another, padded to R rows.
 
     Line D of a template is the block of a request that has candidates for D depths.
 

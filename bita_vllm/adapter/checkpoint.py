@@ -147,7 +147,7 @@ def resolve_adapter_dir(name_or_path: str | Path, revision: str | None = None) -
     except Exception as error:  # the hub client, its HTTP stack and the cache each raise their own
         at = f" at revision {revision!r}" if revision else ""
         raise AdapterError(
-            f"The adapter {name!r} is no local directory and could not be had from the Hugging "
+            f"The adapter {name!r} is no local directory and could not be loaded from the Hugging "
             f"Face hub{at} ({type(error).__name__}: {first_line(error)})."
         ) from error
     return Path(snapshot)

@@ -62,7 +62,7 @@ class ModelShape:
             head_size = hidden_size // num_heads
         num_kv_heads = find("n_head_kv", "num_kv_heads", "num_key_value_heads") or num_heads
         if _get(config, "multi_query") and not _get(config, "new_decoder_architecture"):
-            num_kv_heads = 1  # Falcon-7B says 71 KV heads beside this flag; the flag holds.
+            num_kv_heads = 1  # Falcon-7B says 71 KV heads and sets this flag; the flag holds.
         shape = {
             "num_layers": find("num_hidden_layers", "n_layer", "num_layers"),
             # OPT-350m embeds in fewer dimensions than it computes in.

@@ -27,7 +27,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."  # PEFT's, in front of every module's name
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Options that change what the deltas are (PEFT's LoraConfig), beside a `bias` other than "none".
+# Options that change what the deltas are (PEFT's LoraConfig), in addition to a `bias` other than "none".
 _MUST_BE_OFF = (
     "use_dora",
     "use_rslora",

@@ -1,7 +1,7 @@
 """CPU attention backend: vLLM's own kernel for causal rows, tree attention (bita_kernels) for step blocks.
 
 KV cache, slots and writes are stock (vllm/v1/attention/backends/cpu_attn.py): a block's rows lie in
-linear slots behind the committed context. Its `vec` layout, which we pin, keeps keys transposed:
+linear slots after the committed context. Its `vec` layout, which we pin, keeps keys transposed:
 `[num_blocks, Hkv, D, block_size]` next to values `[num_blocks, Hkv, block_size, D]`.
 """
 

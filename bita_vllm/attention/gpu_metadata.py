@@ -81,7 +81,7 @@ class StepMetadata:
 
 @dataclass
 class PlainRequests:
-    """Requests of a step behind those with blocks.
+    """Requests of a step that come after those with blocks.
 
     The tensors are copies, as slices of vLLM's may begin anywhere, and Triton compiles a kernel once more for
     pointers that are not a multiple of 16 bytes.

@@ -150,7 +150,7 @@ class BitaCPUModelRunner(CPUModelRunner):
             super().may_reinitialize_input_batch(*args, **kwargs)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        """Stock; a step with no blocks in it or behind it is plain vLLM's, to which there is no drafter."""
+        """Stock. If neither this step nor the next has blocks, it is plain vLLM's step, which sees no drafter."""
         self._blocks = self._walk = None
         drafts = scheduler_output.scheduled_spec_decode_tokens
         is_plain = not drafts and scheduler_output.num_spec_tokens_to_schedule == PLAIN_WIDTH
@@ -169,8 +169,8 @@ class BitaCPUModelRunner(CPUModelRunner):
     ) -> tuple:
         """Stock inputs; then positions follow the tree, and logits are asked for node rows.
 
-        Mask rows come along behind them when all are few; else only the chosen groups', after the walk.
-        A step without any block stays stock to its end.
+        If all rows are few, logits of mask rows are computed together with them, in the same pass. Otherwise the
+        chosen groups get theirs after the walk. A step without any block stays stock to its end.
         """
         with replaced(self, "speculative_config", None):  # stock's layout of draft rows is not ours
             last_rows, *_ = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -217,9 +217,9 @@ class BitaCPUModelRunner(CPUModelRunner):
         return list(groups.values())
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        """Stock; the scheduler is told which block each request had, where its walk stopped, and the CPU time.
+        """Stock. The output also tells the scheduler each request's line, where its walk stopped, and the CPU time.
 
-        In a step with blocks, bitmasks are for nodes: `_sample` applies them, where stock would miscount rows.
+        In a step with blocks there is a bitmask for every node. `_sample` applies them, as stock would miscount rows.
         """
         blocks, has_blocks = self._blocks, self._has_blocks()
         self._grammar = grammar_output if has_blocks else None
@@ -307,13 +307,13 @@ class BitaCPUModelRunner(CPUModelRunner):
         hidden_states: torch.Tensor,
         *args: Any,
     ) -> list[list[int]]:
-        """The next blocks: logits of the chosen mask groups only, their top tokens, mask ids."""
+        """Return the draft tokens of the next blocks: top tokens of the chosen mask groups, and mask ids."""
         blocks, walk = self._blocks, self._walk
         self._blocks = self._walk = None
         if self._step_mask_rows is not None:
             self._step_mask_rows.num.zero_()  # vLLM's dummy steps have none
         num_requests = self.input_batch.num_reqs
-        # Of the next blocks, the scheduler's choice.
+        # The scheduler chose it for the next blocks.
         width = scheduler_output.num_spec_tokens_to_schedule
         if width == PLAIN_WIDTH:
             return [[] for _ in range(num_requests)]
@@ -346,7 +346,7 @@ class BitaCPUModelRunner(CPUModelRunner):
             only_first=not chooses,
         ).numpy()
         drafts = upcoming.fill(self.table, line, top_tokens.numpy(), self.vocab_size)
-        # It lives with vLLM's state of the request, which ends in steps without rows, too.
+        # The line is kept in vLLM's state of the request, which ends with the request even in steps without its rows.
         requests: dict[str, Any] = self.requests
         for request_id, own in zip(self.input_batch.req_ids, line.tolist(), strict=True):
             requests[request_id].bita_line = own

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 
 class MaskEmbedding:
-    """Makes a token embedding read mask embeddings behind its last id.
+    """Makes a token embedding read mask embeddings for ids beyond its last one.
 
     It goes into the class of the model's own module: all parameters keep their names, by which vLLM and trainers
     load new weights into a running engine, and which checkpoints are saved by.

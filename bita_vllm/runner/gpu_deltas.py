@@ -17,7 +17,7 @@ class CountedMaskRows(MaskRows):
         """As MaskRows.buffers, with counts of the layer's own: zeros between launches.
 
         Launches of two layers may overlap, so layers do not share them: vLLM runs shared experts on a stream of
-        their own, beside the router (vllm/model_executor/layers/fused_moe/runner/shared_experts.py).
+        their own, while the router runs (vllm/model_executor/layers/fused_moe/runner/shared_experts.py).
         """
         arrivals = make_arrivals(len(self.rows), self.rows.device)
         return super().buffers() | {"mask_row_arrivals": arrivals}

@@ -54,7 +54,7 @@ class NodeGrammar:
     ) -> None:
         """Forbid at every node what its grammar forbids there.
 
-        Where the scheduler did not know a request's drafts, there is no bitmask behind its root: the
+        Where the scheduler did not know a request's drafts, there is no bitmask after its root's: the
         walk stops there, as vLLM then rejects all drafts (`grammar_invalid_drafts`).
         """
         request_ids = input_batch.req_ids[part]

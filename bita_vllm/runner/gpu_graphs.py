@@ -31,7 +31,7 @@ class WidthGraphManager(ModelCudaGraphManager):
     step_has_blocks = False
 
     def _init_candidates(self) -> None:
-        """Stock; then FULL graphs by width, and piecewise ones with deltas beside those without."""
+        """Stock; then FULL graphs by width, and piecewise ones with deltas next to those without."""
         super()._init_candidates()
         spec = self.vllm_config.speculative_config
         assert isinstance(spec, BitaSpeculativeConfig)

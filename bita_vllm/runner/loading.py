@@ -1,4 +1,4 @@
-"""What every runner does while the base model is loaded: our attention goes in, then the adapter."""
+"""Loading, for both runners: our attention backend goes into the base model, then the adapter."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def put_in_adapter(
     # what add_mask_lora reads of a step
     mask_rows_type: type[MaskRows] = MaskRows,
 ) -> MaskRows | None:
-    """Mask embeddings into the model, prompt tokens and deltas into every layer; one line in the log.
+    """Put the adapter into a model: mask embeddings, and prompt tokens and deltas in every layer. Logs one line.
 
     Args:
-        impl_cls: tree attention, whose layers have `set_prompt_tokens` and say `takes_sinks` and
+        impl_cls: tree attention's class, whose layers have `set_prompt_tokens` and say `takes_sinks` and
             `quantised_caches`.
 
     Returns:
-        What must say of each step which rows are mask rows; None if the adapter has no deltas.
+        The object that must be told which rows of each step are mask rows; None if the adapter has no deltas.
 
     Raises:
         ValueError: the adapter does not fit, or a layer's attention is not supported.

@@ -1,4 +1,4 @@
-"""Which requests' blocks pay: each has an account of the tokens that its blocks won and of what their rows cost."""
+"""Accounts of requests: the tokens that a request's blocks won, less the tokens that their rows cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from bita_vllm.tree import TemplateTable
 
-# Tokens that a request's blocks may lose before it goes without, and all that they may save up.
+# Tokens that a request's blocks may lose before it rests, and the most that they may save up.
 LIMIT = 3.0
 CREDIT = 1.5  # tokens that a trial may lose
 FIRST_REST = 32  # steps of one row; every trial that fails doubles it
@@ -16,15 +16,18 @@ LONGEST_REST = 1024
 
 
 class Accounts:
-    """Requests whose blocks lose get one row for a while, then a trial.
+    """The accounts of a step's requests. A request whose blocks lose gets one row for a while, then a trial.
 
-    A block wins its accepted draft tokens, and costs what its rows would have brought in plain decoding. An account
-    that is overdrawn rests. What is known of a request ends with the first step that it is not in.
+    A block wins its accepted draft tokens, and costs the tokens that its rows would have brought in plain decoding:
+
+        balance += accepted draft tokens - price * (rows of the block - 1)
+
+    A request with an overdrawn balance rests. An account is closed at the first step without its request.
     """
 
     def __init__(self, table: TemplateTable) -> None:
         self._won = table.depth.astype(np.float64)  # tokens, by line and last node
-        self._rows = table.num_rows - 1.0  # beside the root, by line
+        self._rows = table.num_rows - 1.0  # without the root, by line
         self._requests: list[str] = []
         # of each request of the last step
         self._balance = np.zeros(0)
@@ -44,10 +47,10 @@ class Accounts:
         lines: np.ndarray,
         # [B] row where the walk stopped
         last_nodes: np.ndarray,
-        # tokens that a row beside the root has to bring
+        # tokens that every row but the root has to bring
         price: float,
     ) -> None:
-        """Book a step."""
+        """Book a step: what its blocks won and cost."""
         self._follow(requests)
         self._rest -= self._rest > 0
         gain = self._won[lines, last_nodes] - price * self._rows[lines]
@@ -60,7 +63,7 @@ class Accounts:
         self._balance[saved] = LIMIT
 
     def _follow(self, requests: Sequence[str]) -> None:
-        """Accounts in the order of these requests."""
+        """Put the accounts in the order of these requests."""
         if requests == self._requests:
             return
         place = {request: i for i, request in enumerate(self._requests)}

@@ -1,8 +1,8 @@
-"""Structured output over step blocks: a bitmask row for every node, from the grammar along its own path.
+"""Structured output with step blocks: a bitmask for every node, from the grammar's state along its path.
 
-vLLM's manager advances a request's grammar along a chain of drafts and rolls it back. A tree is the
-chains from its root to its leaves: the manager is asked for each, so that termination and the end of
-reasoning inside a draft are its own. Mask ids never reach it.
+vLLM's manager advances a request's grammar along a chain of drafts and rolls it back. A tree is a set of
+chains, one from its root to each leaf. The manager is asked for each of them, so that it decides about
+termination and the end of reasoning inside a draft. Mask ids never reach it.
 Source: vllm/v1/structured_output/__init__.py, Scheduler.get_grammar_bitmask.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class BlockGrammar:
-    """In the scheduler in place of vLLM's StructuredOutputManager, which it asks for all the rest."""
+    """The scheduler's StructuredOutputManager: it answers for blocks, and passes all other calls on to vLLM's."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class BlockGrammar:
         return getattr(self._manager, name)
 
     def validate_tokens(self, request: Request, tokens: list[int]) -> list[int]:
-        """Drafts as they are, if it is known how they hang together; else none of them."""
+        """Return the drafts unchanged if the shape of their tree is known, else none of them."""
         if not request.use_structured_output:
             return tokens
         parents = self._parents(tokens)
@@ -55,7 +55,7 @@ class BlockGrammar:
         request_ids: list[str],
         scheduled: dict[str, list[int]],
     ) -> np.ndarray | None:
-        """`[requests * N, V / 32]` int32, N nodes each, all ones where no walk comes; without blocks as vLLM's.
+        """`[requests * N, V / 32]` int32, N nodes each, all ones where no walk comes; vLLM's own without blocks.
 
         `scheduled` holds the step's drafts by request, less what was cut from them, or -1s where the
         scheduler does not know them: then there is a bitmask for the root only.
@@ -77,7 +77,7 @@ class BlockGrammar:
         return masks
 
     def _paths(self, request: Request, tokens: list[int]) -> list[tuple[int, ...]]:
-        """Longest paths from the root that the grammar accepts, as node rows without the root."""
+        """Return the longest paths from the root that the grammar accepts, as node rows without the root."""
         whole, parents = self._blocks.get(request, ([], np.zeros(0, dtype=np.int32)))
         if not tokens or tokens != whole[: len(tokens)]:
             return [()]
@@ -99,7 +99,7 @@ class BlockGrammar:
         ]
 
     def _parents(self, tokens: list[int]) -> np.ndarray | None:
-        """Parent row of the root and each node, or None if templates leave it open.
+        """Return the parent row of the root and each node, or None if several templates fit and differ.
 
         The first mask id ends the nodes. A block that was cut before it may fit several lines.
         """

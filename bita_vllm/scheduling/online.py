@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 REVIEW_SECONDS = 10.0
 FADE = 0.9  # of all counts, at each review: half is left after a minute
-PRIOR_HITS = 30.0  # that the expectation counts as beside what is seen
+PRIOR_HITS = 30.0  # the expectation weighs as much as this many seen hits
 PROBE_STEPS = 16  # of plain decoding, to tell rows that cost more from a slower machine
 SURE = 2.0  # standard errors: within, a gain may be a loss
 # Standard deviation of a block's accepted length, relative to its mean, and how many blocks the expectation counts as.
@@ -45,7 +45,7 @@ LENGTH_DEVIATION, PRIOR_BLOCKS = 0.5, 280.0
 
 
 class Acceptance:
-    """Where walks stopped, against where they were expected to.
+    """Acceptance as it is now, from where walks stopped and where they were expected to.
 
     The expectation is the adapter's statistics. What is learnt is a factor on them, by depth and rank: seen hits
     over expected ones, drawn towards the factor of the depth, and that towards 1.
@@ -97,11 +97,11 @@ class Acceptance:
         # [B] row where the walk stopped
         node: np.ndarray,
     ) -> None:
-        """Blocks of a step."""
+        """Count where the walks of a step stopped."""
         np.add.at(self._stops, (line[line >= 0], node[line >= 0]), 1.0)
 
     def fade(self) -> None:
-        """Older evidence counts less."""
+        """Let older evidence count less."""
         self._stops *= FADE
 
     @property
@@ -134,12 +134,11 @@ class Acceptance:
 
 
 class WidthPolicy:
-    """The table from batch size to width, as it is best now.
+    """The best table from batch size to width, by what was seen so far.
 
-    What is chosen goes by what is sure: drafts give way to plain decoding only if even the upper end of their gain's
-    interval is a loss. Where it is not sure that they gain, or they take longer than expected, and no plain step was
-    seen of late, a few plain steps are put in between: only they tell rows that cost more from a machine that is
-    slower at everything.
+    Drafts give way to plain decoding only if even the upper end of their gain's interval is a loss. Where it is not
+    sure that they gain, or where they take longer than expected, and no plain step was seen lately, a few plain steps
+    are run in between. Only these tell rows that cost more from a machine that is slower at everything.
     """
 
     def __init__(
@@ -221,7 +220,7 @@ class WidthPolicy:
         seconds: float | None,
         cpu_seconds: float | None = None,
     ) -> None:
-        """One step: its blocks, and what it took, None if it did other work too.
+        """Take note of a step: its blocks, and its seconds, None if it did other work too.
 
         Args:
             cpu_seconds: of all threads that computed it; None if they are not this process's.
@@ -247,7 +246,7 @@ class WidthPolicy:
             self._probe -= 1
 
     def review(self, now: float | None = None) -> bool:
-        """Derive the table anew if it is time; whether it changed."""
+        """Derive the table anew if it is time. Return whether it changed."""
         now = time.monotonic() if now is None else now
         self.broken_promise = None
         if now - self._reviewed < REVIEW_SECONDS:

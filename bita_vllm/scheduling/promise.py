@@ -1,4 +1,4 @@
-"""What a ladder promised, beside what the first minute of serving gave."""
+"""What a ladder promised, compared with what the first minute of serving gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step blocks a run uses: the user's options about rows, the ladder beside the adapter, rows by rule."""
+"""Which step blocks a run uses: the user's options about rows, the ladder next to the adapter, rows by rule."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _ladder_beside(adapter: AdapterConfig, device: str) -> Ladder | None:
     made_on = ladder.provenance.get("device")
     if made_on not in (None, device):
         logger.warning(
-            "bita: the ladder beside the adapter, %s, was made on another machine (%s; this is %s), so it is not used; "
+            "bita: the adapter's ladder, %s, was made on another machine (%s; this is %s), so it is not used; "
             "make one here with 'bita tune', or name it as 'ladder' in the speculative config.",
             path,
             made_on,
@@ -109,7 +109,7 @@ def _choose_template(
         tree = str(tree)
     if not isinstance(tree, str) or not tree.strip():
         raise ConfigError(
-            f"Speculative option 'tree' is {tree!r}; expected 'auto', widths such as '5,4,3', "
+            f"Speculative option 'tree' is {tree!r}; expected 'auto', widths per depth such as '5,4,3', "
             "or the path of a template file."
         )
     if tree == AUTO:
@@ -119,7 +119,7 @@ def _choose_template(
     template = Template.from_text(tree, adapter.num_mask_tokens)
     if template is None:
         raise ConfigError(
-            f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths such as '5,4,3', "
+            f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths per depth such as '5,4,3', "
             "nor an existing template file."
         )
     if budget is not None and budget < template.num_rows - 1:

@@ -1,6 +1,6 @@
 """vLLM's scheduler with speculative statistics in tree depths, and with widths that follow the load.
 
-To the scheduler a step block is R-1 draft tokens; to a user a draft is as long as the tree is deep.
+To the scheduler a step block is R-1 draft tokens. To a user a draft is as long as the tree is deep.
 Source: Scheduler.schedule, add_request, update_from_output, update_draft_token_ids, make_spec_decoding_stats
 (vllm/v1/core/sched/scheduler.py).
 """
@@ -36,11 +36,11 @@ logger = init_logger("vllm.bita")
 
 
 class _BlockScheduler(Scheduler):
-    """Stock scheduling; all draft metrics count depths offered and depths accepted, never rows.
+    """Stock scheduling, with draft metrics that count depths offered and depths accepted, never rows.
 
-    Widths are those of the ladder's table, which follows what steps take and what is accepted (online.py);
-    requests whose blocks do not pay go without for a while (accounts.py). Blocks never take the budget of
-    root rows and prefill (token_budget.py).
+    Widths come from the ladder's table, which follows the seconds that steps take and the tokens that are accepted
+    (online.py). Requests whose blocks do not pay get none for a while (accounts.py). Blocks never take the
+    budget of root rows and prefill (token_budget.py).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ class _BlockScheduler(Scheduler):
         )
         max_num_seqs = self.scheduler_config.max_num_seqs
         self._widths = settings.ladder.widths
-        self._table: list[int] = []  # the last one asked for
+        self._table: list[int] = []  # the last table that was asked for
         # On the V1 runner the config may not have a table. With one, stock does not pad requests that come in
         # to R rows, which only CUDA graphs gain from.
         stock: list[int] | None = self.dynamic_sd_lookup  # type: ignore[has-type]
@@ -99,7 +99,7 @@ class _BlockScheduler(Scheduler):
         return super().schedule(throttle_prefills)
 
     def _longest_chunk(self) -> int:
-        """Most tokens of one prompt in a step, as vLLM caps them beside other requests."""
+        """Return the most tokens of one prompt in a step, as vLLM caps them where other requests run."""
         budget, threshold = (
             self.max_num_scheduled_tokens,
             self.scheduler_config.long_prefill_token_threshold,
@@ -214,7 +214,7 @@ class BitaAsyncScheduler(_BlockScheduler, AsyncScheduler):
 
 
 def depth_offered(table: TemplateTable) -> np.ndarray:
-    """`[R]` int: deepest draft node of a block with that many rows behind its root.
+    """`[R]` int: deepest draft node of a block with that many rows after its root.
 
     Blocks of the table have their own depth; other lengths are the full block, cut by the scheduler.
     """
@@ -225,6 +225,6 @@ def depth_offered(table: TemplateTable) -> np.ndarray:
 
 
 def depth_of_line(table: TemplateTable) -> np.ndarray:
-    """`[lines, R]` int: deepest draft node of each line, cut to that many rows behind its root."""
+    """`[lines, R]` int: deepest draft node of each line, cut to that many rows after its root."""
     is_node = np.arange(table.depth.shape[1]) < table.num_nodes[:, None]
     return np.maximum.accumulate(np.where(is_node, table.depth, 0), axis=1)

@@ -1,4 +1,4 @@
-"""Times of steps side by side: which of them count, and how sure their ratio is (NumPy only)."""
+"""Step times of widths that take turns: which of them count, and the interval of their ratio (NumPy only)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from bita_vllm.tree.ladder import PLAIN_WIDTH
 
 CONFIDENCE = 0.95
-# CPU seconds a second of wall time that a step may lack beside the best steps of its kind: with less, a neighbour
-# had its cores for a part of it.
+# CPU seconds a second of wall time that a step may lack compared with the best steps of its kind. If it lacks more, a
+# neighbour had its cores for a part of it.
 BUSY_LOSS = 0.04
-BEST_SHARE = 0.9  # quantile of that measure which stands for an undisturbed step
+BEST_SHARE = 0.9  # quantile of CPU seconds a second that stands for an undisturbed step
 
 
 class StepTime(NamedTuple):
-    """Of one step, or the mean of a few timed together."""
+    """The time of one step, or the mean of a few that were timed together."""
 
     rows: float
     seconds: float
@@ -32,7 +32,7 @@ Round = Mapping[int, Sequence[StepTime]]  # by width; widths take turns within a
 
 @dataclass(frozen=True)
 class Comparison:
-    """A width's steps beside plain ones.
+    """A width's steps compared with plain ones.
 
     Attributes:
         rows: mean over its steps.
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def compare_with_plain(rounds: Sequence[Round]) -> tuple[float, dict[int, Comparison]]:
-    """Seconds of a plain step, and every other width beside it. Each round has all widths, plain included.
+    """Seconds of a plain step, and the comparison of every other width with it. Each round has all widths and plain.
 
     Steps that a neighbour disturbed are left out, and rounds in which a width has no others; if that leaves too few
     rounds for an interval, all steps count.
@@ -93,7 +93,7 @@ def median_interval(
 ) -> tuple[float, float]:
     """Two of the values between which the median of what they are drawn from lies, with CONFIDENCE.
 
-    Order statistics: nothing is assumed of the distribution, and a value far off moves the interval by one place.
+    These are order statistics: nothing is assumed of the distribution, and an outlier moves the interval by one value.
     """
     n, ordered = len(values), np.sort(values)
     # P(at most so many lie below it), of exact numbers: they outgrow 64 bits.

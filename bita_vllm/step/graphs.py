@@ -1,6 +1,6 @@
-"""CUDA graphs of step blocks: for which batch sizes a width has them, and for which it may be chosen.
+"""CUDA graphs of step blocks: the batch sizes for which a width has one, and those for which it may be chosen.
 
-vLLM stops at 512 rows of a step (1024 on some GPUs), which is 9 requests of the paper's tree; a larger decode
+vLLM captures graphs of up to 512 rows (1024 on some GPUs), which is 9 requests with the paper's tree. A larger decode
 step would run without a graph. Source: VllmConfig._set_cudagraph_sizes (vllm/config/vllm.py).
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def user_chose_sizes(args: EngineArgs) -> bool:
-    """Whether the capture sizes are the user's own: then they stay as they are."""
+    """Whether the user chose the capture sizes. If so, they stay as they are."""
     compilation = args.compilation_config
     return any(
         getattr(owner, name, None) is not None
@@ -28,7 +28,7 @@ def user_chose_sizes(args: EngineArgs) -> bool:
 def cover_widths(vllm_config: VllmConfig) -> None:
     """Plan FULL graphs of blocks for every batch that may have them.
 
-    vLLM's own capture sizes stay as they are: they are those of plain steps, and of piecewise graphs.
+    vLLM's own capture sizes stay as they are: plain steps and piecewise graphs use them.
     """
     if not vllm_config.compilation_config.cudagraph_capture_sizes:
         return
@@ -67,6 +67,6 @@ def _widest_batches(vllm_config: VllmConfig) -> dict[int, int]:
 
 
 def batch_sizes(most: int) -> list[int]:
-    """Requests that a graph is captured for; a batch in between is padded to the next. Steps as vLLM's."""
+    """Numbers of requests that a graph is captured for, spaced as vLLM's. A batch in between is padded to the next."""
     steps = [n for n in (1, 2, 4, *range(8, 256, 8), *range(256, most + 1, 16)) if n < most]
     return [*steps, most] if most else []

@@ -1,6 +1,6 @@
-"""The step blocks of one scheduler step, and the walk that verifies them. Vectorised over requests.
+"""The step blocks of one scheduler step on the host, and the walk that verifies them. Vectorised over requests.
 
-Shared by every runner: NumPy for the book-keeping of a step on the host, no vLLM types.
+The CPU runner's: NumPy only, no vLLM types. `device.py` is its twin on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bita_vllm.tree import NO_BLOCK, TemplateTable
 class StepBlocks:
     """Which rows of a step belong to which tree. B requests, N node rows over all of them.
 
-    A request without a block (prefill chunk, first decode step) counts as one node: its last row.
+    A request without a block (prefill chunk, decode step of one row) counts as one node: its last row.
 
     Attributes:
         line: `[B]` line of the template table, NO_BLOCK for a request without a block.
@@ -56,14 +56,14 @@ class StepBlocks:
         return np.repeat(self.first_row, self.num_nodes) + within
 
     def mask_rows(self) -> np.ndarray:
-        """Rows of the step that hold masks, ascending."""
+        """Rows of the step that hold masks, in ascending order."""
         places = np.arange(self.table.depth.shape[1])
         inside = (self.line >= 0)[:, None] & (places >= self.num_nodes[:, None])
         inside &= places < self.num_rows[:, None]
         return (self.first_row[:, None] + places)[inside]
 
     def depth_of_rows(self) -> np.ndarray:
-        """`[rows of the step]` depth in the tree minus place in the block: position minus KV slot."""
+        """`[rows of the step]` depth in the tree minus index in the block: a row's position minus its KV slot."""
         offset = np.zeros(int(self.num_rows.sum()), dtype=np.int64)
         rows = np.arange(self.table.depth.shape[1])
         inside = (self.line >= 0)[:, None] & (rows < self.num_rows[:, None])
@@ -82,7 +82,7 @@ class StepBlocks:
     ) -> Walk:
         """Walk every tree from its root: take the target's token, follow the child that holds it.
 
-        Sampling goes along the walk, one call a depth, so that each emitted token is drawn exactly as a
+        The targets are sampled along the walk, with one call a depth. So each emitted token is drawn exactly as a
         plain step would draw it, given the tokens before it.
         """
         num_requests = len(self.line)
@@ -109,7 +109,7 @@ class StepBlocks:
         return Walk(tokens=tokens, path=path, num_emitted=(tokens >= 0).sum(axis=1), last_node=node)
 
     def next_blocks(self, walk: Walk, max_depth: int) -> NextBlocks:
-        """How deep the next blocks can be, at most `max_depth`, and the mask rows whose logits fill them."""
+        """Return how deep the next blocks can be, at most `max_depth`, and the mask rows whose logits fill them."""
         rows = self.table.candidate_rows[self.line, walk.last_node]
         usable = (rows >= 0) & (rows < self.num_rows[:, None]) & (self.line >= 0)[:, None]
         depths = np.minimum(np.cumprod(usable, axis=1).sum(axis=1), max_depth)
@@ -119,10 +119,10 @@ class StepBlocks:
 
 @dataclass
 class Walk:
-    """What the walk found.
+    """The accepted path of every tree.
 
     Attributes:
-        tokens: `[B, max_depth+1]` emitted tokens, -1 behind the last.
+        tokens: `[B, max_depth+1]` emitted tokens, -1 after the last.
         path: `[B, max_depth+1]` row in the block at each step of the walk (0 is the root).
         num_emitted: `[B]` accepted length.
         last_node: `[B]` row in the block of the node where the walk stopped.
@@ -134,7 +134,7 @@ class Walk:
     last_node: np.ndarray
 
     def moves(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Accepted rows that are not in their place: (request, row now, row wanted), each `[M]`."""
+        """The KV moves, each column `[M]`: request, row in the block where an accepted row is, row where it belongs."""
         wanted = np.arange(self.path.shape[1])
         accepted = wanted < self.num_emitted[:, None]
         request, place = np.nonzero(accepted & (self.path != wanted))
@@ -143,7 +143,7 @@ class Walk:
 
 @dataclass
 class NextBlocks:
-    """What the blocks of the next step can be made from.
+    """The candidates that the blocks of the next step can have.
 
     Attributes:
         depths: `[B]` depths that have candidates.
@@ -155,7 +155,7 @@ class NextBlocks:
 
     @classmethod
     def without_candidates(cls, table: TemplateTable, num_requests: int) -> NextBlocks:
-        """After a step without blocks."""
+        """Return the candidates after a step without blocks: none."""
         return cls(
             np.zeros(num_requests, dtype=np.int64), np.full((num_requests, table.max_depth), -1)
         )
@@ -165,7 +165,7 @@ class NextBlocks:
         # [number of mask_rows >= 0, ...]
         of_rows: np.ndarray,
     ) -> np.ndarray:
-        """`[B, max_depth, ...]` what the chosen mask rows say, by the depth that it is for; zeros where none does."""
+        """`[B, max_depth, ...]` values of the chosen mask rows by the depth they predict; zero where it has none."""
         spread = np.zeros((*self.mask_rows.shape, *of_rows.shape[1:]), dtype=of_rows.dtype)
         spread[self.mask_rows >= 0] = of_rows
         return spread
@@ -179,7 +179,7 @@ class NextBlocks:
         top_tokens: np.ndarray,
         first_mask_id: int,
     ) -> list[list[int]]:
-        """Draft tokens of each request: candidates in the order of the template's nodes, then mask ids."""
+        """Return each request's draft tokens: candidates in the order of the template's nodes, then mask ids."""
         candidates = self.by_depth(top_tokens)
         depth, rank = table.depth[line, 1:], table.rank[line, 1:]
         mask_index = table.mask_index[line, 1:]

@@ -41,7 +41,7 @@ class BitaSettings:
 
     Attributes:
         adapter_dir: directory of the adapter checkpoint.
-        tree: as the user gave it: 'auto', widths such as '5,4,3', or a template file.
+        tree: as the user gave it: 'auto', widths per depth such as '5,4,3', or a template file.
         num_speculative_tokens: R-1 of the largest template, what vLLM's scheduler counts as draft tokens.
         ladder: the step blocks, and which of them a step uses; of one template unless there is a ladder.
         num_mask_tokens: k of the adapter; mask ids are V to V+k-1.

@@ -21,7 +21,7 @@ def load_tokenizer(model: str, revision: str | None) -> tuple[Any, str | None]:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The model {model!r} could not be had: {' '.join(str(error).split())}"
+            f"The model {model!r} could not be loaded: {' '.join(str(error).split())}"
         ) from error
     return tokenizer, getattr(config, "_commit_hash", None) or revision
 
@@ -43,7 +43,7 @@ def start_engine(model: str, **options: Any) -> Iterator[Any]:
 
 
 def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
-    """The base model on its device. Raises AdapterError if it cannot be had."""
+    """The base model on its device. Raises AdapterError if it cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def load_base(model: str, revision: str | None, device: str, dtype: str) -> Any:
         return base.to(device)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise AdapterError(f"The model {model!r} could not be had: {reason}") from error
+        raise AdapterError(f"The model {model!r} could not be loaded: {reason}") from error
 
 
 def choose_device(device: str) -> str:

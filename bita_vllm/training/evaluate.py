@@ -43,10 +43,10 @@ class Predictions:
 
     Attributes:
         ranks: `[n, k]` int32: entry (i, j) is the rank of answer token i+2+j in the prediction of mask index
-            j of a group under answer token i; NO_RANK behind the answer's end. Rank 0 is the most likely
+            j of a group under answer token i; NO_RANK after the answer's end. Rank 0 is the most likely
             token; of equal logits the smaller id comes first.
         probabilities: `[n, k, NUM_RANKS]` float32, of the candidates in the same predictions, best first;
-            zeros behind the answer's last but two tokens, where no group has anything to predict.
+            zeros after the answer's last but two tokens, where no group has anything to predict.
     """
 
     ranks: list[np.ndarray]
@@ -216,16 +216,20 @@ def acceptance_statistics(ranks: Sequence[np.ndarray]) -> dict[str, Any]:
 def conditional_counts(ranks: Sequence[np.ndarray], widths: Sequence[int]) -> np.ndarray:
     """`[k ages, 2, k masks, NUM_RANKS + 1]` at which rank candidates held the token; last: at none of these.
 
-    Counted along two walks of every answer, in a tree that has `widths` children under *every* node:
-    with mask groups everywhere, and, for age 1 and more, with one under the root only. Axis 1 is 1
-    where the token before was not its parent's top candidate.
+    `widths` is the branching of a tree in which *every* node has children, so many at each depth. Every answer is
+    replayed twice in it: with a mask group under every node, which counts age 0, and with one under the root only,
+    which counts the older predictions. Axis 1 is 1 where the token before was not its parent's top candidate.
     """
     k = len(widths)
     counts = np.zeros((k, 2, k, NUM_RANKS + 1), dtype=np.int64)
     for rows in ranks:
         by_place = rows.tolist()
         for only_root in (False, True):
-            root, group, first_mask = 0, -1, k  # the group speaks on from this mask index
+            root, group, first_mask = (
+                0,
+                -1,
+                k,
+            )  # the group's predictions are used from this mask index on
             while root < len(by_place) - 1:
                 depth, lower = 0, 0
                 for mask in range(first_mask, k):
@@ -241,7 +245,7 @@ def conditional_counts(ranks: Sequence[np.ndarray], widths: Sequence[int]) -> np
 
 
 def _smoothed(counts: np.ndarray) -> np.ndarray:
-    """Probability of each rank; what was seen seldom is drawn towards the mask's mean."""
+    """Probability of each rank, shrunk towards the mask's mean where it was seen seldom."""
     of_mask = counts.sum(axis=(0, 1))  # [k, NUM_RANKS + 1]
     mean = of_mask / np.maximum(of_mask.sum(axis=-1, keepdims=True), 1)
     total = counts.sum(axis=-1, keepdims=True)
@@ -280,6 +284,7 @@ def parse_tree(
     template = Template.from_text(spec, config.num_mask_tokens)
     if template is None:
         raise TemplateError(
-            f"Tree {spec!r} is neither 'auto', 'auto:ROWS', widths such as '5,4,3', nor an existing template file."
+            f"Tree {spec!r} is neither 'auto', 'auto:ROWS', widths per depth such as '5,4,3', "
+            "nor an existing template file."
         )
     return TemplateSet((template,))

@@ -28,7 +28,7 @@ MIN_ANSWER_TOKENS = 4  # fewer leave no place for a mask row
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What decides the samples, beside the model.
+    """The settings that, with the model, decide the samples.
 
     Attributes:
         max_prompt_tokens: of a prompt with its chat template; longer ones are left out.

@@ -5,8 +5,8 @@
 where the base's distribution for that position is its own, one token earlier (position p+j), and r_j says how much
 of the accepted length may come from that row: (c_1 ... c_j) ** reach_power, c_i the probability that Mi gives to the
 text's token, without gradient. KL alone spends most of its slope on tokens that no mask will ever guess, and on rows
-behind them; with power 1 the slope of CE is that of the accepted length of sampled chains, c_1 + c_1 c_2 + ..., cut
-off behind the row (compare LK losses, arXiv 2602.23881, and generalised cross-entropy, arXiv 1805.07836).
+after them; with power 1 the slope of CE is that of the accepted length of sampled chains, c_1 + c_1 c_2 + ..., cut
+off after the row (compare LK losses, arXiv 2602.23881, and generalised cross-entropy, arXiv 1805.07836).
 Logits are as wide as the vocabulary, so they exist for one chunk of rows at a time: the gradient at
 the rows' hidden states is taken chunk by chunk in the forward pass and only kept, scaled, for the
 backward pass.

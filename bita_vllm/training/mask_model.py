@@ -76,7 +76,7 @@ class MaskModel(nn.Module):
         self.lora: MaskLora | None = None
         self._logit_cap = getattr(text_config, "final_logit_softcapping", None)
         # Gemma scales token embeddings inside the embedding module, and vLLM the mask embeddings
-        # with them (behind the wrapper of runner/embedding.py).
+        # with them (inside the wrapper of runner/embedding.py).
         self._embedding_scale = float(getattr(base.get_input_embeddings(), "embed_scale", 1.0))
         _take_over(self)
         if mask_lora is not None:

@@ -33,7 +33,7 @@ class UserTurn:
 
     Attributes:
         openings: token ids up to where the user's first message starts; more than one if they vary.
-        end_ids: tokens that end the message, beside the model's own end of sequence.
+        end_ids: tokens that end the message, in addition to the model's own end of sequence.
         end_text: text that ends it, where no special token does; empty otherwise.
     """
 

@@ -148,7 +148,7 @@ class SampleWriter:
                 raise
 
     def _drop_partial_line(self) -> bool:
-        """Cut off what an interrupted write left behind the last full line; False if nothing is left.
+        """Cut off what an interrupted write left after the last full line; False if nothing is left.
 
         A first line that is not ours is never cut: the file may be somebody's only copy.
         """
@@ -298,7 +298,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # the hub client, its HTTP stack and the cache each raise their own
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            f"The prompts {source} are no file and could not be had as a Hugging Face dataset "
+            f"The prompts {source} are no file and could not be loaded as a Hugging Face dataset "
             f"({type(error).__name__}: {reason})."
         ) from error
     yield from ((f"{source} row {number}", row) for number, row in enumerate(dataset, start=1))

@@ -1,14 +1,14 @@
-"""Which template of a set a request's next block takes, by how sure the masks are.
+"""The choice of a template for each request's next block, among those of a set, by the masks' confidence.
 
-A candidate's probability in its mask row stands for its acceptance, more or less of it where the token before
-is a lower candidate (`promise_weight`). So every template of the set promises a number of tokens, and the block
-takes the one that promises most:
+A candidate's probability in its mask row is taken for its acceptance, corrected where the token before it is a lower
+candidate (`promise_weight`). Each template of the set then promises a number of tokens. The block takes the template
+that promises most:
 
-    promise = sum over nodes of P(node reached) * worth of the node
-    worth = 1 token + value of the predictions that a walk which stops there goes on with
-                    - value of those that it has when it stops at the parent
+    promise = sum over nodes of P(node is reached) * worth(node)
+    worth(node) = 1 token + value(predictions left after a walk that stops at the node)
+                          - value(predictions left after a walk that stops at its parent)
 
-Torch, as it runs beside the logits: fixed shapes, no host sync.
+It is torch code with fixed shapes and no host sync, as the logits are on the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bita_vllm.tree.template_set import TemplateSet, templates_of
 
 
 class LineChoice:
-    """Chooses among the lines of a table that holds the templates of all sets, set after set."""
+    """The choice among the lines of a template table that holds the templates of all sets, set after set."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class LineChoice:
                 whole = promise_weight(own_draft, value, acceptance)
                 for depths in range(
                     template.max_depth + 1
-                ):  # a restricted template keeps the order
+                ):  # a restricted template keeps the order of its nodes
                     kept = template.depth[: template.num_nodes] <= depths
                     weight[start + depths, : kept.sum()] = whole[0, kept]
             first += len(one.templates)
@@ -94,7 +94,7 @@ class LineChoice:
         probabilities: torch.Tensor,
         only_first: bool,
     ) -> torch.Tensor:
-        """`[B]` int64, line of the table for each request's next block, of set `index`, or of its first template."""
+        """`[B]` int64, line of the table for each request's next block: one of set `index`, or of its first."""
         lines = self.lines[index][depths.long()]  # [B, templates]
         if only_first:
             return lines[:, 0]

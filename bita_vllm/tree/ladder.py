@@ -1,7 +1,7 @@
 """The ladder: which template set a step uses, by how many requests are in the batch (NumPy only).
 
 Rows cost, and the more requests share a step the more they cost; so few requests get large step
-blocks, many get small ones, and at width 0 a step is plain vLLM's (DESIGN section 8).
+blocks, many get small ones, and at width 0 a step is plain vLLM's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bita_vllm.system.file_schemas import LadderSchema, check, read_json, shorte
 from bita_vllm.tree.template import Template, TemplateError
 from bita_vllm.tree.template_set import TemplateSet
 
-LADDER_FILE = "ladder.json"  # beside the adapter's config
+LADDER_FILE = "ladder.json"  # next to the adapter's config
 FORMAT_VERSION = 2
 PLAIN_WIDTH = 0
 

@@ -157,10 +157,13 @@ def promise_weight(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> np.ndarray:
-    """`[C, N]` what a node adds to a promise (`choice.py`), by the probability that its masks give it.
+    """`[C, N]` weight of a node's probability in a template's promise (`choice.py`).
 
-    Its worth, times how much more or less often the statistics see the candidates on the way right after a
-    lower candidate than after a top one: a mask does not know which token comes before its own.
+        weight = worth(node) * product over the path's nodes n of q(n)
+        q(n) = P(n is right | its parent is a lower candidate) / P(n is right | its parent is a top candidate)
+               if n's parent is a lower candidate, else 1
+
+    The ratio q corrects the masks' probabilities: a mask does not know which token comes before its own.
     """
     after_top, after_lower = acceptance[0]  # [k, ranks]
     ratio = np.divide(after_lower, after_top, out=np.ones_like(after_top), where=after_top > 0)

@@ -1,4 +1,4 @@
-"""Decoding with a tree, replayed on a known greedy answer: the very steps that the engine takes.
+"""Decoding with a tree, replayed on a known greedy answer in the same steps that the engine takes.
 
 The engine emits the greedy answer whatever the drafts are; drafts only decide how many tokens a step
 emits. So a step is known from the ranks that the answer's tokens have in the mask rows' predictions:
@@ -15,7 +15,7 @@ import numpy as np
 
 from bita_vllm.tree.template import Template, TemplateTable
 
-NO_RANK = np.iinfo(np.int32).max  # of a token that lies behind the answer's end
+NO_RANK = np.iinfo(np.int32).max  # of a token after the answer's end
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Replay:
     candidates: list[tuple[int, int]]
 
 
-# By depth: (answer place of the group, mask index) that gives the candidates.
+# By depth: the group and the mask that give the candidates, as (index of the group's answer token, mask index).
 Sources = list[tuple[int, int]]
 
 
@@ -55,11 +55,10 @@ class Step(NamedTuple):
 class TreeWalker:
     """Replays answers, step by step.
 
-    Same rules as the engine (`StepBlocks.walk`, `StepBlocks.next_blocks`): the step after prefill has
-    no candidates; a walk that stops at a node takes the candidates of the next step from the node's
-    own mask group, and beyond it from what the nearest ancestors' groups said about places ahead.
-    With several templates each step may use another.
-    Not replayed: blocks that the scheduler cuts short (end of the context, full token budget).
+    The rules are the engine's (`StepBlocks.walk`, `StepBlocks.next_blocks`). The step after prefill has no
+    candidates. A walk that stops at a node takes the candidates of the next step from the node's own mask group, and
+    beyond its last depth from the predictions of the nearest ancestors' groups. With several templates each step
+    may use another. Blocks that the scheduler cuts short (end of the context, full token budget) are not replayed.
     """
 
     def __init__(self, *templates: Template) -> None:

@@ -19,7 +19,7 @@ from bita_vllm.tree.template import Template, TemplateError
 
 # P(rank r of mask j is the token | the tokens before it were accepted), [k][ranks], for adapters that
 # bring no statistics. Not measured rank by rank: chosen so that the lengths measured for the first
-# adapter on MT-Bench come out (chain of 3 1.445, 3/2/1 1.686, 5/4/3 1.826), decaying smoothly behind.
+# adapter on MT-Bench come out (chain of 3 1.445, 3,2,1 1.686, 5,4,3 1.826), decaying smoothly after.
 DEFAULT_ACCEPTANCE = (
     (0.37, 0.12, 0.07, 0.045, 0.03, 0.025, 0.02, 0.015, 0.012, 0.01),
     (0.20, 0.09, 0.055, 0.04, 0.03, 0.025, 0.02, 0.015, 0.012, 0.01),

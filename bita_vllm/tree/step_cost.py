@@ -48,7 +48,7 @@ class Point(NamedTuple):
         requests: of the batch.
         rows: mean of a request.
         seconds: of a step.
-        spread: half of the interval of the seconds beside a plain step's, relative to them.
+        spread: half of the interval of the ratio of seconds to a plain step's, relative to the ratio.
     """
 
     requests: int
@@ -95,7 +95,7 @@ class MeasuredCost:
         return float(_line(np.array(measured, float), np.array(each), requests))
 
     def spread(self, requests: int, rows: float) -> float:
-        """How far a step's seconds beside a plain step's may be off, relative to them: as at the points around."""
+        """How far the ratio of a step's seconds to a plain step's may be off, relative to it; interpolated."""
         measured, each = self.measured_requests, []
         for n in measured:
             timed_rows, _, spread = self._curve(n)

@@ -4,7 +4,7 @@ A template lists the R rows of a step block: the root, the draft nodes, the mask
 come before their children, so every prefix of a block is a valid block: rows that were cut off (token
 budget, max_model_len) are simply nodes and mask groups that are absent.
 
-Source: BiTA (arXiv 2401.12522) section 3.2 for the tree of widths; DESIGN section 2 for everything else.
+Source of the tree with a branching by depth (5,4,3): BiTA (arXiv 2401.12522) section 3.2. The rest is our own.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ class Template:
 
     @classmethod
     def from_widths(cls, widths: Sequence[int], num_masks: int) -> Template:
-        """The paper's tree: at each depth only the top candidate of the depth above has children.
+        """The paper's tree, from its branching: the number of candidates at each depth.
 
-        A full mask group of `num_masks` rows hangs under the root and every node.
+        At each depth only the top candidate of the depth above has children. A full mask group of `num_masks` rows
+        hangs under the root and every node.
         """
         if not widths or any(width < 1 for width in widths):
             raise TemplateError(
@@ -171,7 +172,7 @@ class Template:
 
     @classmethod
     def from_text(cls, text: str, num_masks: int) -> Template | None:
-        """Widths such as '5,4,3', or a template file, for an adapter with k = `num_masks`; None if it is neither.
+        """The template of a branching such as '5,4,3' or of a file, for k = `num_masks` masks; None if it is neither.
 
         Raises:
             TemplateError: the template is malformed, or has longer mask groups than the adapter has masks.
@@ -267,9 +268,9 @@ class Template:
 class TemplateTable:
     """The blocks that templates can take, one for each number of depths that have candidates, padded alike.
 
-    Line `first_line[t] + D` (D from 0 to `max_depths[t]`) is `templates[t].restrict(D)`: D = 0 is the block
-    of a request without candidates. Blocks of several templates may meet in a step, and a walk in a block
-    of one may give the candidates of another's.
+    A line is one of these blocks: `first_line[t] + D` (D from 0 to `max_depths[t]`) is `templates[t].restrict(D)`.
+    D = 0 is the block of a request without candidates. Blocks of several templates may meet in a step, and a
+    walk in a block of one template may give the candidates of a block of another.
 
     Attributes:
         template: the largest.

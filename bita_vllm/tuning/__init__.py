@@ -1,1 +1,1 @@
-"""Rows by load: which step block pays at which batch size, and `bita tune` (DESIGN section 8)."""
+"""Offline only: `bita tune`, which times steps and chooses rows by load, and the simulator."""

@@ -1,8 +1,8 @@
-"""Whole answers at the block size in question: what of the adapter's acceptance this model reaches on this machine.
+"""Answers to the model's own prompts: the share of the adapter's acceptance that this model reaches here.
 
-`bita eval` counts in its own texts, from answers that are there already. What a served request gets is less: its first
-block has no candidates, drafts of an answer's beginning are right less often, and the model may be rounded, quantised
-or tuned otherwise. So the model writes a few prompts and answers them, as it would be served.
+`bita eval` counts accepted drafts in its own texts, from answers that exist already. A served request gets less: its
+first block has no candidates, drafts at an answer's beginning are right less often, and the model may be rounded,
+quantised or tuned otherwise. So the model writes a few prompts and answers them, as it would be served.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from bita_vllm.tuning.profile import scheduler_of, set_width
 
 NUM_ANSWERS = 12
 PROMPT_TOKENS, ANSWER_TOKENS = 96, 192  # at most
-MOST_ATTEMPTS = 3  # batches of prompts, until there are enough
-FEWEST_STEPS = 100  # that say something
-# Of a block's accepted length, relative to its mean.
+MOST_ATTEMPTS = 3  # to have enough prompts, a batch each
+FEWEST_STEPS = 100  # fewer say nothing
+# Standard deviation of a block's accepted length, relative to its mean.
 LENGTH_DEVIATION = 0.5
 TOLERANCE = 1e-4  # of the factor that is looked for
 
 
 class Answers(NamedTuple):
-    """What decoding them took.
+    """Tokens and steps of the answers.
 
     Attributes:
         rows: of a block.
@@ -98,7 +98,7 @@ def _say_nothing_seen(why: str) -> None:
 
 @contextmanager
 def _counting_decode_steps(llm: Any) -> Iterator[list[int]]:
-    """One number: steps of requests that have a token already, summed over requests."""
+    """Yield a list of one number: steps of requests that have a token already, summed over requests."""
     scheduler = scheduler_of(llm)
     schedule, count = scheduler.schedule, [0]
 
@@ -120,9 +120,9 @@ def acceptance_reached(
     templates: TemplateSet,
     accepted_length: float,
 ) -> float:
-    """Factor on all of it with which blocks of the set are expected to come to that accepted length.
+    """The factor on all acceptance with which blocks of the set are expected to reach that accepted length.
 
-    At most what leaves every mask's probabilities a sum of 1; the length grows with it, so halving intervals finds it.
+    It is at most what leaves every mask's probabilities a sum of 1. The length grows with it, so bisection finds it.
     """
     drafts = [Draft.of(templates.first)]
     low, high = 0.0, 1.0 / float(acceptance.sum(axis=-1).max())

@@ -40,7 +40,7 @@ def profile_ladder(sets: Sequence[TemplateSet], max_requests: int) -> Ladder:
     """A ladder to time blocks of every set with, and plain steps, at up to `max_requests`; it takes that many more.
 
     CUDA graphs of a width are captured up to the largest batch that the table has it for, so every width is
-    named behind the batches that are timed.
+    named after the batches that are timed.
     """
     widths = sorted(one.first.num_rows - 1 for one in sets)
     behind = [(max_requests + i, max_requests + i, width) for i, width in enumerate(widths, 1)]
@@ -153,7 +153,10 @@ def _timed(step: Callable[[], int], number: int) -> StepTime:
 
 @contextmanager
 def _decoding(llm: Any, num_requests: int) -> Iterator[Callable[[], int]]:
-    """A step with so many requests behind their prefill, which returns its rows; they are aborted at the end."""
+    """Yield a function that runs a step of so many requests after their prefill and returns its rows.
+
+    The requests are aborted at the end.
+    """
     from vllm import SamplingParams
 
     engine = llm.llm_engine

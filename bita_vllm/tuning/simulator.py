@@ -22,7 +22,7 @@ from bita_vllm.tree.replay import NO_RANK, Sources, TreeWalker
 from bita_vllm.tree.step_cost import StepCost
 from bita_vllm.tree.template_set import templates_of
 
-# Ranks behind the first, given that the first is wrong: as measured for SmolLM2-135M's adapter with deltas
+# Ranks after the first, given that the first is wrong: as measured for SmolLM2-135M's adapter with deltas
 # (first and second mask alike).
 TAIL = (0.25, 0.11, 0.07, 0.04, 0.04, 0.03, 0.025, 0.02, 0.02)
 
@@ -160,7 +160,7 @@ def synthetic_traces(
 ) -> list[np.ndarray]:
     """Answers whose mask j holds the token as its first candidate with probability `top[j]`, independently.
 
-    The other ranks follow `TAIL`; what lies behind it is in no tree.
+    The other ranks follow `TAIL`; what lies beyond it is in no tree.
     """
     rng = np.random.default_rng(seed)
     traces = []

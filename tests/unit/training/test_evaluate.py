@@ -262,7 +262,7 @@ def test_no_save_leaves_the_adapter_alone(adapter, data):
         (["--tree", "9,9,9,9"], "4 depths, but the adapter has 3"),
         (["--max-positions", "0"], "--max-positions is 0, but must be at least 1"),
         (["--data", "/no/such.jsonl"], "/no/such.jsonl cannot be read"),
-        (["--model", "/no/such/model"], "could not be had"),
+        (["--model", "/no/such/model"], "could not be loaded"),
     ],
 )
 def test_bad_options_are_one_sentence(adapter, data, capsys, options, message):

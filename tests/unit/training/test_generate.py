@@ -207,7 +207,7 @@ def test_unknown_model_and_strange_file_are_one_sentence(tmp_path, tiny_model, c
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     assert cli.main(["data", str(tmp_path / "none"), "--out", str(tmp_path / "a")]) == 1
-    assert "could not be had" in capsys.readouterr().err
+    assert "could not be loaded" in capsys.readouterr().err
     (tmp_path / "b").write_text(json.dumps({"prompt": "x"}))
     assert cli.main(["data", str(tiny_model("llama")), "--out", str(tmp_path / "b")]) == 1
     assert "is not a file of 'bita data'" in capsys.readouterr().err

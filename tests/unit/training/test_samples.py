@@ -210,7 +210,7 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(DataError) as error:
         read_prompts("owner/chats")
-    assert "could not be had as a Hugging Face dataset (ConnectionError: no route)" in str(
+    assert "could not be loaded as a Hugging Face dataset (ConnectionError: no route)" in str(
         error.value
     )
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -165,7 +165,7 @@ def test_bad_input_is_refused_in_one_sentence(
 def test_a_model_that_is_not_there_is_refused(data, tmp_path, capsys):
     command = ["train", str(tmp_path / "none"), "--data", str(data), "--out", str(tmp_path / "out")]
     assert main(command) == 1
-    assert "could not be had" in capsys.readouterr().err
+    assert "could not be loaded" in capsys.readouterr().err
 
 
 def test_missing_matplotlib_is_named_before_training(model, data, tmp_path, capsys, monkeypatch):
