@@ -101,7 +101,7 @@ def test_attention_takes_no_less_than_its_bytes(implementation):
 
 
 def test_it_is_a_cost_of_steps():
-    """As `tuning/cost.py` has it: rows of all requests, plain decoding at one row each."""
+    """As `tree/step_cost.py` has it: rows of all requests, plain decoding at one row each."""
     model = predicted("H100", "Llama-3-8B", "deltas", "mended")
     assert model.seconds(8, 8, 1000) == model.plain(8, 1000).total
     assert model.seconds(8, 128, 1000) == model.step(8, 16, 1000).total
