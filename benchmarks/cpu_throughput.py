@@ -1,4 +1,4 @@
-"""Output tokens per second of BiTA beside plain vLLM on a CPU, at several concurrencies.
+"""Output tokens per second of BiTA compared with plain vLLM on a CPU, at several concurrencies.
 
 `make bench-cpu` runs it with the libraries that vLLM advises on a CPU. Every arm is an engine in a
 process of its own, started with the same settings, compiled and warmed up. Arms are measured in
@@ -304,7 +304,7 @@ def parse_args() -> argparse.Namespace:
     add("--quick", action="store_true", help="about three minutes: "
         + ", ".join(f"{key} {value}" for key, value in QUICK.items()))  # fmt: skip
     add("--out", type=Path, help="CSV (default: benchmarks/results/cpu_{throughput,row_cost}.csv); "
-        "the plot lies beside it")  # fmt: skip
+        "the plot lies next to it")  # fmt: skip
     given = parser.parse_args()
     if given.quick:
         vars(given).update(QUICK)

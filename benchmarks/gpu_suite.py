@@ -1,8 +1,8 @@
 """What one wants to know of BiTA on a GPU, in three commands of under nine minutes each: `make gpu-suite`.
 
-tokens      embedded model in bf16, a tiny one in fp32, an fp8 KV cache: every kind of request beside plain vLLM
-throughput  output tokens per second beside plain vLLM at its best, at 1 to 256 requests and with arrivals
-steps       `bita tune` of an 8B shape (a ladder for this GPU), kernels beside their peers, steps by context
+tokens      embedded model in bf16, a tiny one in fp32, an fp8 KV cache: every kind of request next to plain vLLM
+throughput  output tokens per second compared with plain vLLM at its best, at 1 to 256 requests and with arrivals
+steps       `bita tune` of an 8B shape (a ladder for this GPU), kernels compared with their peers, steps by context
 training    optional: a training step of an 8B shape
 
     make gpu-suite ARGS='--plan'

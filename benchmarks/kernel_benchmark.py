@@ -1,4 +1,4 @@
-"""Time of tree attention beside its peers, and beside the least time that memory allows.
+"""Time of tree attention, compared with its peers and with the least time that memory allows.
 
     python benchmarks/kernel_benchmark.py  # on a GPU: the whole sweep, about 600 points
     python benchmarks/kernel_benchmark.py --quick  # on a CPU: the naive and SDPA rows, two minutes on one slow core
@@ -252,7 +252,7 @@ def parse_args() -> argparse.Namespace:
         help="longest sequence of the engine, which our splits follow from (default: %(default)s)")  # fmt: skip
     add("--quick", action="store_true", help="a small sweep: "
         + ", ".join(f"{name} {' '.join(map(str, v))}" for name, v in QUICK.items()))  # fmt: skip
-    add("--out", type=Path, help="CSV; the plot lies beside it "
+    add("--out", type=Path, help="CSV; the plot lies next to it "
         "(default: benchmarks/results/kernels_{cpu,cuda}.csv)")  # fmt: skip
     given = parser.parse_args()
     for name, values in (QUICK if given.quick else SWEEP).items():

@@ -1,4 +1,4 @@
-"""What a delta for mask rows costs in a linear layer on a CPU: our kernel beside its twin in torch and vLLM's own LoRA.
+"""Cost of a delta for mask rows in a linear layer on a CPU: our kernel, its twin in torch, and vLLM's own LoRA.
 
 All take a step of blocks with 11 mask rows of 16 each and add the same delta; their outputs are compared
 before they are timed. vLLM's takes an adapter's number for each row, -1 for none. The control is the layer

@@ -1,4 +1,4 @@
-"""Load on real servers: BiTA beside plain vLLM and vLLM's own draft-free methods.
+"""Load on real servers: BiTA compared with plain vLLM and vLLM's own draft-free methods.
 
 Every arm is a `vllm serve` process with the same settings (compiled, CUDA graphs on; no prefix
 caching, so that every repeat pays for its prefill). The load is `vllm bench serve`'s own
@@ -182,7 +182,7 @@ def parse_args() -> argparse.Namespace:
         help="more flags of `vllm serve`, in one string, for every arm")  # fmt: skip
     add("--one-at-a-time", action="store_true", help="only one server is up at any time")
     add("--out", type=Path, default=RESULTS / "serving.csv",
-        help="CSV; report and plots lie beside it (default: benchmarks/results/serving.csv)")  # fmt: skip
+        help="CSV; report and plots lie next to it (default: benchmarks/results/serving.csv)")  # fmt: skip
     add("--report-only", action="store_true", help="no measurement: report and plots of the CSV")
     args = parser.parse_args()
     if min(args.concurrency) < 1 or args.repeats < 1 or args.max_tokens < 2:

@@ -86,7 +86,7 @@ def humaneval(path: Path | None) -> list[str]:
 
 @cache
 def long_context(length: int, tokenizer: Any) -> list[str]:
-    """MT-Bench questions, each behind about `length` tokens of the questions after it."""
+    """MT-Bench questions, each after about `length` tokens of the questions after it."""
     questions = mt_bench()
     ids = [tokenizer(text + "\n\n", add_special_tokens=False).input_ids for text in questions]
 

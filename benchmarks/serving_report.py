@@ -32,7 +32,7 @@ class Point:
     arm: str
     repeats: int
     tokens_per_s: float
-    ratio: float | None  # None: plain vLLM was not measured beside it
+    ratio: float | None  # None: plain vLLM was not measured with it
     ratio_interval: Interval | None
     ttft_p50_ms: float
     ttft_p99_ms: float
@@ -154,7 +154,7 @@ def _number(text: str) -> int | float | str:
 
 
 def report(path: Path) -> Path:
-    """Write the Markdown report and the plots of a CSV beside it; return the report's path."""
+    """Write the Markdown report and the plots of a CSV next to it; return the report's path."""
     rows = read_rows(path)
     points = summarise(rows)
     ratio_plot, frontier_plot = (

@@ -1,8 +1,8 @@
-"""Rows by load on an H100, simulated: output tokens/s beside plain decoding at 1 to 512 concurrent requests.
+"""Rows by load on an H100, simulated: output tokens/s compared with plain decoding at 1 to 512 concurrent requests.
 
 No GPU is needed, and none was used: acceptance is recorded or made up (`--help`), what a step takes is a
 roofline's (`bita_vllm.tree.step_cost.H100_8B` states every number). So the ratios are what the method allows on
-that machine, not what a server was measured at. EAGLE-3's figures beside them are published measurements
+that machine, not what a server was measured at. EAGLE-3's figures next to them are published measurements
 (SGLang, H100, 8B model): they pay for all that the roofline leaves out.
 """
 
@@ -104,7 +104,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=RESULTS / "simulate_load.csv",
-        help="CSV; the plot lies beside it",
+        help="CSV; the plot lies next to it",
     )
     args = parser.parse_args()
 

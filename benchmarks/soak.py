@@ -1,4 +1,4 @@
-"""Thousands of mixed requests on a real server with BiTA, beside a plain one: is anything lost, or left behind?
+"""Thousands of mixed requests on a real server with BiTA, next to a plain one: is anything lost, or left behind?
 
 Both servers are `vllm serve` as `make serve` starts it (compiled, bfloat16, a ladder), with a KV cache so small
 that requests are preempted. Each gets the same requests (soak_requests.py) in legs; after each leg it is idle, and

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def compare(case: str, measured: dict[str, list[dict[str, Any]]]) -> None:
-    """Print every other way beside the trainer's own, where both ran."""
+    """Print every other way compared with the trainer's own, where both ran."""
     own = measured.get(OURS, [{}])[0]
     for way, (first, *_) in measured.items():
         if way != OURS and "loss" in own and "loss" in first:

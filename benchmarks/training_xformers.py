@@ -29,7 +29,7 @@ def sees(
     keys = num_prompt_tokens + context_length + rows
     rule = mask_flex.visible(roots, num_masks, num_prompt_tokens, context_length, window)
     sequence, row, key = (torch.arange(n, device=roots.device) for n in (batch, rows, keys))
-    # Behind its own rows a group may be past the last one; what is looked up there is never used.
+    # After its own rows a group may be past the last one; what is looked up there is never used.
     return rule(sequence[:, None, None], row[:1], row[:, None], key)
 
 

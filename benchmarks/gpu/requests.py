@@ -59,7 +59,7 @@ def answer(llm: Any, kind: str, prompts: Sequence[list[int]], max_tokens: int) -
     """What an engine makes of all prompts: tokens, and where asked for the logprobs of its own and best tokens.
 
     Mixed load: every second step another request comes in, every other one with a long prompt, so that
-    chunks of prefill run beside blocks.
+    chunks of prefill run next to blocks.
     """
     engine, begun = llm.llm_engine, time.perf_counter()
     waiting = [

@@ -1,4 +1,4 @@
-"""Part (c): a ladder for this GPU from measured steps, kernels beside their peers, steps by context."""
+"""Part (c): a ladder for this GPU from measured steps, kernels compared with their peers, steps by context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part (b): output tokens per second beside plain vLLM at its best, at 1 to 256 requests and with arrivals.
+"""Part (b): output tokens per second compared with plain vLLM at its best, at 1 to 256 requests and with arrivals.
 
 Both engines are up at once and take turns, three times. The large model has random weights; the lengths that
 its walks accept are a trained adapter's (imposed.py), the work of every step is a real one's.
@@ -145,7 +145,7 @@ def arriving_tasks(
     loads: Sequence[tuple[int, float]] = LOADS,
     repeats: int = REPEATS,
 ) -> list[Task]:
-    """Requests that come in at random times, the same ones for all arms: prefill beside blocks all the time."""
+    """Requests that come in at random times, the same ones for all arms: prefill next to blocks all the time."""
     tasks = []
     for repeat in range(1, repeats + 1):
         for rate, seconds in loads:

@@ -1,4 +1,4 @@
-"""Part (a): are the tokens plain vLLM's? Every kind of request, on a real engine beside a plain one.
+"""Part (a): are the tokens plain vLLM's? Every kind of request, on a real engine next to a plain one.
 
 The bita engine runs under vLLM's own checks: a host sync or a late compilation in a step is an error.
 A difference where plain vLLM's two best tokens are within rounding is no defect: it is printed with that gap.
@@ -25,7 +25,7 @@ BITA = "bita"
 ENGINE: dict[str, Any] = {
     "max_model_len": 1024,
     "max_num_seqs": 32,
-    "max_num_batched_tokens": 1024,  # a long prompt comes in chunks, beside blocks
+    "max_num_batched_tokens": 1024,  # a long prompt comes in chunks, next to blocks
     "enable_prefix_caching": True,
     "kv_cache_memory_bytes": 2**31,
     "gpu_memory_utilization": 0.2,
@@ -158,7 +158,7 @@ def beside_plain(bita: Any, plain: Any, gaps: Any) -> Row:
 def differences(
     bita: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """(request, first place that differs, plain's token, bita's token); -1 behind an end."""
+    """(request, first place that differs, plain's token, bita's token); -1 after an end."""
     for i, (mine, theirs) in enumerate(zip(bita, plain, strict=True)):
         if list(mine) == list(theirs):
             continue

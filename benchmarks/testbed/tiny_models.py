@@ -67,7 +67,7 @@ SERVED_ONLY: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 128,
     },
     # in vLLM's Transformers backend
-    "olmo2": GATED,  # norms behind attention and MLP
+    "olmo2": GATED,  # norms after attention and MLP
     "smollm3": {**GATED, "no_rope_layers": [1, 1, 0]},
     "starcoder2": GATED,  # layer norms, biases, no gate
     "gpt_neox": {"intermediate_size": 256},  # parallel MLP, fused qkv

@@ -244,7 +244,7 @@ def test_tokens_equal_plain_v2_with_an_fp8_cache(
 
 
 def test_mask_logits_with_deltas_equal_the_trainers(case, adapter_with_deltas):
-    """Chunked prefill beside blocks."""
+    """Chunked prefill next to blocks."""
     model = case[0]
     rng = np.random.default_rng(5)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -272,7 +272,7 @@ def test_gpu_takes_the_v2_runner_and_may_schedule_ahead(case, monkeypatch, async
     assert config.parallel_config.worker_cls == bita_config.GPU_WORKER_CLS
     assert config.use_v2_model_runner
     assert config.attention_config.backend.name == "TRITON_ATTN"
-    # vLLM's CPU platform turned it off again, behind the check that the method allows it.
+    # vLLM's CPU platform turned it off again, after the check that the method allows it.
     config.scheduler_config.async_scheduling = asynchronous
     bita_config.check_engine(config, get_settings(config))
     scheduler = config.scheduler_config.get_scheduler_cls().__name__

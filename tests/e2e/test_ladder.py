@@ -53,7 +53,7 @@ else:
     OPTIONS = {
         "max_num_batched_tokens": 256,
         "max_num_seqs": 12,
-        "long_prefill_token_threshold": 100,  # leaves room for blocks beside a long prompt
+        "long_prefill_token_threshold": 100,  # leaves room for blocks next to a long prompt
     }
 
 

@@ -1,4 +1,4 @@
-"""Launches of a step around the forward pass, bita's beside plain V2's: a small model's step is bound by them.
+"""Launches of a step around the forward pass, bita's compared with plain V2's: a small model's step is bound by them.
 
 `pytest --runner gpu -s tests/e2e/test_launches.py` prints the table.
 """

@@ -67,7 +67,7 @@ def tokens_of(outputs):
 
 
 def adapter_with(model, folder, sets, ranges=None, **options):
-    """An adapter with a ladder of its own beside it."""
+    """An adapter with a ladder of its own next to it."""
     adapter = make_adapter(model, folder, **options)
     ladder = Ladder.fixed(sets[0]) if ranges is None else Ladder(sets, ranges)
     ladder.save(adapter / LADDER_FILE)
@@ -113,7 +113,7 @@ def tree_calls(monkeypatch):
     "sampling", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "seeded"]
 )
 def test_mixed_steps_give_plain_tokens(model, tmp_path, monkeypatch, tree_calls, backend, sampling):
-    """The shipped adapter's own trees; chunks of a prefill beside blocks, preemption, hits in the prefix cache."""
+    """The shipped adapter's own trees; chunks of a prefill next to blocks, preemption, hits in the prefix cache."""
     asked = requests(**sampling)
     plain = run(model, asked, **OPTIONS)
     trees = saved_sets(AdapterConfig.load(SHIPPED).acceptance)[8]
@@ -209,7 +209,7 @@ def run_as_captured(runner, num_requests, rows_each):
 
 @pytest.mark.parametrize("backend", ["Triton", "FlashAttention"])
 def test_plain_steps_call_what_plain_vllm_calls(model, tmp_path, monkeypatch, backend):
-    """Prefill in chunks, prefill beside decoding, decoding; call by call, and what a FULL graph would hold."""
+    """Prefill in chunks, prefill next to decoding, decoding; call by call, and what a FULL graph would hold."""
     asked = requests((5, 70, 20))
     ranges = [(1, 3, 0), (4, 4, WIDTH.num_rows - 1)]
     bita = adapter_with(model, tmp_path / "adapter", sets_of_one([WIDTH]), ranges, lora_rank=4)
@@ -272,7 +272,7 @@ def test_only_graphs_of_steps_with_blocks_hold_deltas(model, tmp_path):
 
 @pytest.mark.parametrize("block_size", [32, 64])
 def test_warm_up_compiles_all_that_serving_launches(model, tmp_path, monkeypatch, block_size):
-    """vLLM's own warm-up, and FULL graphs; then decoding, prefill in chunks, and prefill beside blocks.
+    """vLLM's own warm-up, and FULL graphs; then decoding, prefill in chunks, and prefill next to blocks.
 
     Its Triton attention has variants by the number of requests, in plain vLLM, too: it must only get no others,
     by where its arguments begin.

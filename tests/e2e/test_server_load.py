@@ -178,7 +178,7 @@ def depths_seen(samples: list[Sample]) -> list[int | None]:
 def longest_gaps(gaps: list[tuple[float, float]], samples: list[Sample]) -> tuple[float, float]:
     """Seconds of the longest gap that meets a change of width, and of the longest that does not.
 
-    The second says what this machine does to a process, with other jobs beside it.
+    The second says what this machine does to a process, with other jobs next to it.
     """
     first = np.array([first for first, _, _ in LADDER.batch_sizes])
     changes = [

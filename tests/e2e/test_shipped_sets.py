@@ -2,7 +2,7 @@
 
 What decides about rows, bitmasks and buffers is the trees, so the model is tiny. An engine a budget serves requests
 of every kind at once: without structure, where blocks choose their tree, then with it, where they do not. The KV
-cache is so small that requests are preempted, and long prompts are prefilled in chunks beside blocks.
+cache is so small that requests are preempted, and long prompts are prefilled in chunks next to blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`make soak` in small: mixed requests on a real server with bita, beside a plain one."""
+"""`make soak` in small: mixed requests on a real server with bita, next to a plain one."""
 
 import pytest
 from e2e.engines import ON_GPU_RUNNER, make_adapter

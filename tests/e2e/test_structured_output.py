@@ -1,6 +1,6 @@
 """fp32: structured output is plain vLLM's, token by token, whatever the drafts; on both runners.
 
-50 JSON schemas, a regex and choices, greedy and seeded, beside a request without structure.
+50 JSON schemas, a regex and choices, greedy and seeded, next to a request without structure.
 """
 
 from __future__ import annotations

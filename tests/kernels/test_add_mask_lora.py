@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def make(case, dtype=torch.float32, capacity=None, seed=0):
-    """Arguments of add_mask_lora; behind the mask rows lie rows that must not be read."""
+    """Arguments of add_mask_lora; after the mask rows lie rows that must not be read."""
     num_rows, mask_rows, inputs, rank, parts, outputs = CASES[case]
     generator = torch.Generator().manual_seed(seed)
 
@@ -181,7 +181,7 @@ def test_no_mask_rows_change_nothing():
 
 
 def test_rows_of_an_earlier_larger_step_are_not_touched():
-    """vLLM's dummy steps run with what the buffers held: more rows than there are, or behind the end."""
+    """vLLM's dummy steps run with what the buffers held: more rows than there are, or after the end."""
     output, x, *rest = make("one part")
     before = output.clone()
     add_mask_lora(output[:4], x[:4], *rest)

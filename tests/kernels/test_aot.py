@@ -143,7 +143,7 @@ def test_compiling_in_the_interpreter_says_what_to_do():
 
 @pytest.mark.slow
 def test_keys_and_values_of_two_tiles_are_on_their_way(compiled):
-    """One tile is worked on; with a single one behind it, loads wait for memory and memory for loads."""
+    """One tile is worked on; with a single one after it, loads wait for memory and memory for loads."""
     context = [row for row in compiled if "splits" in row["configuration"]]
     on_tensor_cores = [row for row in context if row["needs_tensor_cores"] == "True"]
     assert len(on_tensor_cores) > 20 * len(COMPILED)
@@ -167,7 +167,7 @@ def test_resident_programs_of_known_cases(sm, warps, registers, shared, expected
 
 
 def test_kernels_import_nothing_but_torch_and_triton():
-    """Of all that could be installed beside them."""
+    """Of all that could be installed with them."""
     program = (
         "import sys, bita_kernels.tree_attention, bita_kernels.aot; "
         "print([m for m in ('vllm', 'transformers', 'bita_vllm', 'safetensors') if m in sys.modules])"

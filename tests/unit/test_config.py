@@ -190,7 +190,7 @@ def test_ladder_beside_the_adapter_is_the_default(make, adapter, ladder, tmp_pat
     ("device", "says"), [("a large machine", "another machine"), (cpu_name(), "")]
 )
 def test_ladder_of_another_machine(make, adapter, tmp_path, monkeypatch, device, says):
-    """Named, it is used; beside the adapter it is not. Both times the user hears of it."""
+    """Named, it is used; next to the adapter it is not. Both times the user hears of it."""
     warnings = []
     monkeypatch.setattr(row_options.logger, "warning", lambda *args: warnings.append(args[0]))
     copied = tmp_path / "adapter"

@@ -34,7 +34,7 @@ def int32(values) -> torch.Tensor:
 
 
 def step(table: TreeTable, tokens: torch.Tensor, lines: list[int]) -> dict:
-    """Arguments of accept_tree: whole blocks, one behind the other, a target for every row."""
+    """Arguments of accept_tree: whole blocks, one after the other, a target for every row."""
     num_requests, rows = len(lines), table.num_rows
     first = int32([i * rows for i in range(num_requests)])
     steps = table.max_depth + 1

@@ -111,7 +111,7 @@ def test_plain_steps_do_not_bound_the_rows_of_blocks(make_config):
 
 
 def test_plain_steps_have_plain_vllms_graphs(make_config, monkeypatch):
-    """Of no more rows than there; batches behind vLLM's largest graph have none, as there."""
+    """Of no more rows than there; batches after vLLM's largest graph have none, as there."""
     config = make_config(LADDER)
     graphs.cover_widths(config)
     ours = captured(config, monkeypatch)

@@ -1,4 +1,4 @@
-"""Linear layers with packed weights: the kernel beside its twin, and the layers of a model that get it."""
+"""Linear layers with packed weights: the kernel against its twin, and the layers of a model that get it."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_products_are_those_of_float64(kind, dtype, num_rows, size_in, size_out,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size_in", [70, 576, 1536])
 def test_a_row_alone_gets_the_same_bits(dtype, size_in):
-    """With any number of others beside it, more than stay in a cache too."""
+    """With any number of others next to it, more than stay in a cache too."""
     x, weight, bias = random_layer(300, size_in, 100, dtype)
     packed = pack_linear(weight, dtype)
     together = operation("kernel")(x, packed, bias, 100)

@@ -205,7 +205,7 @@ def test_the_operation_gets_all_that_its_mask_rows_hold(tensor_parallel):
 
 
 def test_layers_have_counts_of_their_own(tensor_parallel):
-    """vLLM runs shared experts on a second stream beside the router: launches of two layers overlap."""
+    """vLLM runs shared experts on a second stream next to the router: launches of two layers overlap."""
     model, device = Model(), torch.device("cpu")
     pairs = {
         f"model.layers.{i}.o_proj": (torch.ones(RANK, 16), torch.ones(IN, RANK)) for i in (0, 1)

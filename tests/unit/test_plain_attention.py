@@ -154,7 +154,7 @@ def test_flash_attention_that_does_not_import_leaves_plain_rows_in_triton(choose
 
 @pytest.mark.parametrize("layout", ["heads first", "slots first"])
 def test_call_reads_the_cache_that_the_triton_backend_wrote(choose, monkeypatch, layout):
-    """A chunk behind a context, and one without; arguments as vLLM's function takes them."""
+    """A chunk after a context, and one without; arguments as vLLM's function takes them."""
     naive = NaiveFlash()
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", naive, raising=False)
     flash, _ = choose(sliding_window=(6, 0))

@@ -17,7 +17,7 @@ LADDER = TemplateTable(TEMPLATE, Template.from_widths([5, 4, 3], 3))
         (0, 23, 0),  # padded to R, without candidates
         (0, 1, 0),
         (1, 23, 1),
-        (2, 1, 1),  # cut behind its first node
+        (2, 1, 1),  # cut after its first node
         (2, 2, 2),
         (2, 23, 2),
         (5, 23, 2),  # of the next template: its depths 0 to 3 are lines 3 to 6

@@ -1,4 +1,4 @@
-"""The online policy beside a neighbour that takes a core in bursts: drafts stay where they pay, and only there."""
+"""The online policy next to a neighbour that takes a core in bursts: drafts stay where they pay, and only there."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Accepted length predicted from statistics of some answers, beside replaying others."""
+"""Accepted length predicted from statistics of some answers, compared with replaying others."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def templates(acceptance):
 
 
 def errors(seen, other):
-    """Predicted from statistics of the answers `seen`, beside replaying `other`: relative error by template."""
+    """Predicted from statistics of the answers `seen`, compared with replaying `other`: relative error by template."""
     acceptance = acceptance_table(acceptance_statistics(seen), 3)
     found = {}
     for name, template in templates(acceptance).items():
