@@ -68,9 +68,9 @@ def simulate(
     acceptance: np.ndarray | None = None,
     noise: np.ndarray | None = None,
 ) -> Simulated:
-    """Serve answers drawn at random until about `num_walks` blocks were walked.
+    """Serve answers drawn at random until about `num_walks` blocks were verified.
 
-    `padded`: blocks always have R rows, as on a GPU. Every answer joins at a random place of its own.
+    `padded`: blocks always have R rows, as on a GPU. The answers at the start are joined at a random token each.
     With `policy` widths follow what it sees of the load, else the ladder's table; it starts at second 0.
     `others`: a second kind of answers, which every second request draws from.
     `probabilities`, `[n, k, ranks]` for each of `traces`, and the adapter's `acceptance` table: with both, blocks

@@ -1,4 +1,4 @@
-"""The CPU kernels against their twins, and what happens where they cannot be built. Attention: test_attention_cpu.py."""
+"""The CPU kernels against their twins, and what happens if they cannot be built. Attention: test_attention_cpu.py."""
 
 import ctypes
 import subprocess
