@@ -1,7 +1,7 @@
 """Steps of a real engine beside a neighbour that takes half a core in bursts: what the policy's tests replay.
 
-Writes `[steps, 2]` float32: seconds over the median of the quiet steps, CPU seconds a second. The machine has to be quiet
-otherwise: the first steps are the yardstick.
+Writes `[steps, 2]` float32: seconds over the median of the quiet steps, CPU seconds a second. The machine has to be
+quiet otherwise: the first steps are the yardstick.
 """
 
 import argparse

@@ -138,6 +138,12 @@ class Ladder:
                 f"The ladder has a mask group of {longest} rows, but the adapter has {num_masks} mask tokens; "
                 "make a ladder for this adapter with 'bita tune'."
             )
+        deepest = max(one.max_depth for one in self.template_sets)
+        if deepest > num_masks:
+            raise LadderError(
+                f"The ladder has draft nodes at depth {deepest}, but the adapter's {num_masks} mask tokens predict no "
+                "further than as many tokens; make a ladder for this adapter with 'bita tune'."
+            )
 
     @cached_property
     def widths(self) -> list[int]:

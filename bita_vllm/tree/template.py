@@ -175,7 +175,7 @@ class Template:
         """The template of a branching such as '5,4,3' or of a file, for k = `num_masks` masks; None if it is neither.
 
         Raises:
-            TemplateError: the template is malformed, or has longer mask groups than the adapter has masks.
+            TemplateError: the template is malformed, or has more depths or longer mask groups than the adapter masks.
         """
         widths = [part.strip() for part in text.split(",")]
         if all(part.isdigit() for part in widths):
@@ -188,6 +188,11 @@ class Template:
             raise TemplateError(
                 f"Tree {text!r} has a mask group of {template.num_masks} rows, but the adapter has "
                 f"{num_masks} mask tokens; use shorter groups."
+            )
+        if template.max_depth > num_masks:
+            raise TemplateError(
+                f"Tree {text!r} has draft nodes at depth {template.max_depth}, but the adapter's {num_masks} mask "
+                "tokens predict no further than as many tokens; use a tree of fewer depths."
             )
         return template
 

@@ -33,7 +33,8 @@ pytestmark = [
 SHIPPED = Path(__file__).parents[2] / "adapters" / "smollm2-135m-instruct"
 PROMPT = [5, 6, 7, 8]
 NUM_TOKENS = 12
-LONG = 900  # tokens of a request that is in flight when its server is hit
+# Tokens of a request that is in flight when its server is hit: seconds, however late its client reads.
+LONG = 8000
 GONE_TIMEOUT_S = 60
 LADDERS = [Ladder.fixed(Template.from_widths(widths, 3)) for widths in ([2, 1], [1, 1, 1])]
 
@@ -72,7 +73,9 @@ class Folder:
     """The model, its adapter, and what plain vLLM says."""
 
     def __init__(self, tiny_model, root: Path) -> None:
-        self.model = tiny_model("llama", num_hidden_layers=2, num_key_value_heads=2)
+        self.model = tiny_model(
+            "llama", num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=2 * LONG
+        )
         self.adapter, self.root = make_adapter(self.model, root / "adapter"), root
         LADDERS[0].save(self.adapter / LADDER_FILE)
         self.files = sorted(os.listdir(self.adapter))
@@ -88,7 +91,14 @@ class Folder:
         self.servers += 1
         folder = self.root / f"server{self.servers}"
         folder.mkdir()
-        flags_of_all = ["--max-model-len", "1024", "--max-num-seqs", "4", "--block-size", "32"]
+        flags_of_all = [
+            "--max-model-len",
+            str(LONG + 128),
+            "--max-num-seqs",
+            "4",
+            "--block-size",
+            "32",
+        ]
         flags_of_all += ["--kv-cache-memory-bytes", str(16 << 20)]
         config = json.dumps({"method": "bita", "model": str(self.adapter)})
         flags_of_all += ["--speculative-config", config, *flags]

@@ -100,20 +100,24 @@ def test_tune_writes_the_ladder_of_this_machine(tiny_model, tmp_path, capsys, mo
 
 
 @pytest.mark.skipif(ON_GPU_RUNNER, reason="a model that can write takes the interpreter too long")
-def test_what_a_models_own_answers_say_goes_into_the_ladder(tmp_path, capsys):
+def test_what_a_models_own_answers_say_goes_into_the_ladder(tmp_path, capsys, monkeypatch):
     """The shipped adapter on its model, with the template sets that serving has."""
+    monkeypatch.setattr(profile, "PRECISION", 10.0)
+    monkeypatch.setattr(profile, "MOST_WARM_UPS", 1)
+    monkeypatch.setattr(answers, "NUM_ANSWERS", 6)
+    monkeypatch.setattr(answers, "ANSWER_TOKENS", 96)
     out = tmp_path / "ladder.json"
     argv = [
-        "tune", str(SHIPPED), "--model", str(embedded_model_dir()), "--requests", "1", "8", "--rows", "8",
-        "--max-num-seqs", "8", "--out", str(out), "--engine-args", json.dumps({"enforce_eager": True}),
+        "tune", str(SHIPPED), "--model", str(embedded_model_dir()), "--requests", "6", "--rows", "8",
+        "--max-num-seqs", "6", "--out", str(out), "--engine-args", json.dumps({"enforce_eager": True}),
     ]  # fmt: skip
     with torch_threads(1), in_this_process():
         assert cli.main(argv) == 0
     provenance = Ladder.load(out).provenance
     served = answers.Answers(*provenance["answers"])
     assert served.rows == 8
-    assert served.steps > 500, "that many say something"
-    assert 1.5 < served.accepted_length < 2.3, "2.0 by the adapter's statistics"
+    assert served.steps > 200, "that many say something"
+    assert 1.4 < served.accepted_length < 2.4, "2.0 by the adapter's statistics"
     assert 0.5 < provenance["acceptance_reached"] < 1.2
     sentence = " ".join(capsys.readouterr().out.split())
     assert f"came with {served.accepted_length:.2f} a step in blocks of 8 rows" in sentence

@@ -220,6 +220,16 @@ def test_ladder_for_more_masks_than_the_adapter_has_is_refused(make, tmp_path):
     assert "a mask group of 4 rows, but the adapter has 3 mask tokens" in message
 
 
+def test_ladder_deeper_than_the_adapters_masks_predict_is_refused(make, tmp_path):
+    template = Template.build([(row, 0) for row in range(5)], {0: 3})
+    Ladder.fixed(template).save(tmp_path / "deep.json")
+    message = refused(lambda: make({"ladder": str(tmp_path / "deep.json")}))
+    assert "draft nodes at depth 5, but the adapter's 3 mask tokens predict no further" in message
+    template.save(tmp_path / "tree.json")
+    message = refused(lambda: make({"tree": str(tmp_path / "tree.json")}))
+    assert "draft nodes at depth 5, but the adapter's 3 mask tokens predict no further" in message
+
+
 def test_scheduler_counts_the_template_rows(make):
     config = make({"tree": "2,1", "num_speculative_tokens": 60})
     assert config.num_speculative_tokens == get_settings(config).num_speculative_tokens == 15

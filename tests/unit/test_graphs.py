@@ -188,7 +188,7 @@ def test_piecewise_graphs_come_with_deltas_and_without(make_config, monkeypatch)
 
 def test_a_profile_times_every_point_in_a_graph_of_its_own(make_config, monkeypatch):
     templates = [Template.from_widths(widths, 3) for widths in ([1], [2], [3, 3])]
-    ladder = profile_ladder(templates, max_requests=64)
+    ladder = profile_ladder(sets_of_one(templates), max_requests=64)
     requests = [1, 4, 16, 64]
     config = make_config(list(ladder.batch_sizes))
     sizes = graph_sizes(requests, ladder.widths)
