@@ -12,7 +12,7 @@ from functools import wraps
 from inspect import signature
 from types import SimpleNamespace
 
-from quick_interpreter import quicken
+from testbed.quick_interpreter import quicken
 
 RUNNER_ENVIRONMENT = {
     "TRITON_INTERPRET": "1",

@@ -6,7 +6,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import triton.language as tl
-from quick_interpreter import quicken
+from testbed.quick_interpreter import quicken
 from triton.runtime import interpreter
 
 quicken()
