@@ -156,7 +156,7 @@ class LocalWorker:
     """The same in this process, for `--dry`."""
 
     def __init__(self, arm: Arm, log: Path) -> None:
-        from e2e.engines import engine as interpreted
+        from testbed.engines import engine as interpreted
 
         unknown = ("load_format", "kv_cache_memory_bytes", "gpu_memory_utilization")
         options = {name: value for name, value in arm.options.items() if name not in unknown}

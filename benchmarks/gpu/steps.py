@@ -121,7 +121,7 @@ def _cli(argv: list[str], log: Path) -> None:
 
 def run_cli_interpreted(argv: Sequence[str]) -> None:
     """The same in this process, as the tests run it."""
-    from e2e.engines import in_this_process, torch_threads
+    from testbed.engines import in_this_process, torch_threads
 
     from bita_vllm import cli
     from bita_vllm.tuning import answers, profile

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER
+from testbed.engines import ON_GPU_RUNNER
 from transformers import AutoModelForCausalLM
 from vllm import LLM, RequestOutput
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from awkward_templates import TEMPLATES, naive
-from e2e.engines import engine, generate, idle_threads, make_adapter, torch_threads
+from e2e.engines import generate, make_adapter
 from e2e.inspection import StepRecord, recorded_steps
 from naive_decoder import decode
+from testbed.engines import engine, idle_threads, torch_threads
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, make_adapter, run
+from e2e.engines import make_adapter, run
 from e2e.inspection import known, oracle
 from e2e.test_token_budget import MODEL, VOCAB_SIZE, make_requests
+from testbed.engines import ON_GPU_RUNNER, engine
 
 from bita_vllm import config
 from bita_vllm.scheduling import scheduler

@@ -15,7 +15,8 @@ import math
 from pathlib import Path
 
 import pytest
-from e2e.engines import differences, engine, generate, idle_threads, run
+from e2e.engines import differences, generate, run
+from testbed.engines import engine, idle_threads
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 

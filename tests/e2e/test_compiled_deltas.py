@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from torch._dynamo.utils import counters
 from vllm import SamplingParams
 from vllm.config import CompilationMode

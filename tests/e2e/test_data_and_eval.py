@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from e2e.engines import engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
+from testbed.engines import engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 

@@ -7,7 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 

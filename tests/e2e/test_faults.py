@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, make_adapter
+from e2e.engines import make_adapter
 from e2e.servers import Server, running_server
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 from bita_vllm.adapter.config import AdapterConfig

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, make_adapter, metric, run
+from e2e.engines import make_adapter, metric, run
 from e2e.inspection import known, oracle
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 pytestmark = [

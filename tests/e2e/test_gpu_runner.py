@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from e2e.device_reads import OURS, device_reads
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
+from e2e.engines import generate, make_adapter, metric, run
 from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
 from naive_flash import put_in_flash_attention
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends import triton_attn

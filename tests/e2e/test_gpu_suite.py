@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.engines import ON_GPU_RUNNER
 from gpu.requests import KINDS
+from testbed.engines import ON_GPU_RUNNER
 
 from bita_vllm.tree.ladder import Ladder
 

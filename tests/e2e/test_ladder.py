@@ -13,17 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e.engines import (
-    ON_GPU_RUNNER,
-    Requests,
-    differences,
-    engine,
-    generate,
-    make_adapter,
-    metric,
-    run,
-)
+from e2e.engines import Requests, differences, generate, make_adapter, metric, run
 from e2e.inspection import StepRecord, known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 from bita_vllm.scheduling.scheduler import BitaScheduler, depth_of_line

@@ -9,7 +9,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 from bita_vllm.tree import Template

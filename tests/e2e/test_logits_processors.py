@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 

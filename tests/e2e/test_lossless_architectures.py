@@ -14,17 +14,9 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-from e2e.engines import (
-    NEAR_TIE,
-    ON_GPU_RUNNER,
-    differences,
-    engine,
-    generate,
-    make_adapter,
-    metric,
-    run,
-)
+from e2e.engines import NEAR_TIE, differences, generate, make_adapter, metric, run
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 from bita_vllm.tree import Template

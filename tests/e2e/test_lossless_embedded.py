@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from e2e.engines import NEAR_TIE, differences, engine, generate, idle_threads, metric, run
+from e2e.engines import NEAR_TIE, differences, generate, metric, run
 from e2e.inspection import recorded_steps
+from testbed.engines import engine, idle_threads
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
+from e2e.engines import generate, make_adapter, metric, run
 from e2e.inspection import known, oracle
 from e2e.kernel_launches import recorded_launches
 from naive_flash import put_in_flash_attention
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backends import triton_attn

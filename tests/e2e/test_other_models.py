@@ -6,8 +6,9 @@ shared expert is called by way of vLLM's table of layers. The adapters have low-
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
+from e2e.engines import generate, make_adapter, run
 from e2e.inspection import compare_with_trainer, known, oracle, recorded_groups, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.model_executor.models.transformers.base import Base

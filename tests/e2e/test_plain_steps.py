@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 pytestmark = pytest.mark.skipif(ON_GPU_RUNNER, reason="of vLLM's CPU runner")

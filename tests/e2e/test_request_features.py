@@ -13,8 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, Request, engine, generate, make_adapter
+from e2e.engines import Request, generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RepetitionDetectionParams
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from e2e.engines import engine, generate, make_adapter, torch_threads
+from e2e.engines import generate, make_adapter
 from e2e.inspection import StepRecord, recorded_steps
 from scipy.stats import chi2, chisquare
+from testbed.engines import engine, torch_threads
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 

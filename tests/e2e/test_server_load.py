@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from e2e.engines import NEAR_TIE, ON_GPU_RUNNER, differences, engine, make_adapter, run
+from e2e.engines import NEAR_TIE, differences, make_adapter, run
 from e2e.servers import Server, parse_metrics, running_server
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 from bita_vllm.tree import Template

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e.engines import engine, generate, make_adapter, metric
+from e2e.engines import generate, make_adapter, metric
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import engine
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 

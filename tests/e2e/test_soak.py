@@ -1,10 +1,11 @@
 """`make soak` in small: mixed requests on a real server with bita, next to a plain one."""
 
 import pytest
-from e2e.engines import ON_GPU_RUNNER, make_adapter
+from e2e.engines import make_adapter
 from e2e.servers import environment
 from soak import faults, rows_of, soak, table
 from soak_requests import MIX, count_by_kind, requests
+from testbed.engines import ON_GPU_RUNNER
 from transformers import AutoTokenizer
 
 from bita_vllm.tree import Template

@@ -11,8 +11,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter
+from e2e.engines import generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 

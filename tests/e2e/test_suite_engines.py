@@ -2,11 +2,11 @@
 
 import gpu.engines
 import pytest
-from e2e.engines import ON_GPU_RUNNER
 from gpu.engines import Arm, Engines, Failed, Task
 from gpu.machine import Machine
 from gpu.models import make_adapter, some_prompts
 from gpu.requests import answer
+from testbed.engines import ON_GPU_RUNNER
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from e2e.device_reads import device_reads
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
+from e2e.engines import generate, make_adapter, run
 from e2e.inspection import recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, metric, run
+from e2e.engines import generate, make_adapter, metric, run
 from e2e.inspection import (
     compare_with_trainer,
     enter_in_ranks,
@@ -21,6 +21,7 @@ from e2e.inspection import (
     recorded_groups,
     recorded_steps,
 )
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import LLM, SamplingParams
 
 from bita_vllm.tree import Template, TemplateTable

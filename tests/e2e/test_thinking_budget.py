@@ -6,8 +6,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, Request, engine, generate, make_adapter
+from e2e.engines import Request, generate, make_adapter
 from e2e.inspection import known, oracle, recorded_steps
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []

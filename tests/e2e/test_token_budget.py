@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e.engines import ON_GPU_RUNNER, Requests, engine, make_adapter, metric, run
+from e2e.engines import Requests, make_adapter, metric, run
 from e2e.inspection import known, oracle
+from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
 
 VOCAB_SIZE = 64

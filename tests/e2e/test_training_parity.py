@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, random_mask_lora
+from e2e.engines import generate, make_adapter, random_mask_lora
 from e2e.inspection import compare_with_trainer, recorded_groups
+from testbed.engines import ON_GPU_RUNNER, engine
 from testbed.tiny_models import ARCHITECTURES
 from vllm import SamplingParams
 

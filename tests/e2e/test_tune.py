@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.engines import ON_GPU_RUNNER, in_this_process, make_adapter, torch_threads
+from e2e.engines import make_adapter
+from testbed.engines import ON_GPU_RUNNER, in_this_process, torch_threads
 from vllm.platforms.cpu import CpuPlatform
 
 from bita_vllm import cli

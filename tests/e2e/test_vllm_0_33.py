@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import vllm_0_33
-from e2e.engines import ON_GPU_RUNNER
+from testbed.engines import ON_GPU_RUNNER
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from bita_kernels import cpu_kernels
-from e2e.engines import ON_GPU_RUNNER, engine, generate, make_adapter, run
+from e2e.engines import generate, make_adapter, run
 from e2e.inspection import compare_with_trainer, recorded_groups
 from safetensors.torch import load_file
+from testbed.engines import ON_GPU_RUNNER, engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
