@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 OUT = Path(__file__).parents[1] / "tests" / "data" / "noisy_steps.npz"
-CONTEXT = 1024  # tokens; then the next request
+CONTEXT = 256  # tokens; then the next request: attention takes about as long all the time
 BURST, PAUSE = (1.0, 4.0), (1.0, 4.0)  # seconds, from and to: half of the time
 
 
