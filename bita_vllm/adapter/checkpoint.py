@@ -9,7 +9,6 @@ A directory in the `speculators` format: `config.json` (config.py), `model.safet
 and maybe `mask_lora/` (deltas.py): low-rank deltas of the linear layers, for mask rows only.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from bita_vllm.adapter.config import (
     CONFIG_FILE,
@@ -27,8 +25,7 @@ from bita_vllm.adapter.config import (
     ModelShape,
     first_line,
 )
-from bita_vllm.adapter.deltas import MaskLoraWeights
-from bita_vllm.system.atomic_write import written_whole
+from bita_vllm.adapter.deltas import MaskLoraWeights, write_config_and_tensors
 
 __all__ = [
     "CONFIG_FILE",
@@ -166,16 +163,9 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
         config = adapter.config
         adapter.mask_lora.save(path / MASK_LORA_DIR, config.verifier, config.model.num_layers)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with (
-            written_whole(path / CONFIG_FILE) as config_file,
-            written_whole(path / WEIGHTS_FILE) as weights_file,
-        ):
-            # Not save_file: it makes files that only their owner may read.
-            weights_file.write_bytes(save(tensors, metadata={"format": "pt"}))
-            config_file.write_text(
-                json.dumps(adapter.config.raw, indent=2) + "\n", encoding="utf-8"
-            )
+        write_config_and_tensors(
+            path / CONFIG_FILE, adapter.config.raw, path / WEIGHTS_FILE, tensors
+        )
         if adapter.mask_lora is None:  # those of the adapter that lay here before
             shutil.rmtree(path / MASK_LORA_DIR, ignore_errors=True)
     except (OSError, SafetensorError) as error:

@@ -46,6 +46,17 @@ _MUST_BE_OFF = (
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
+def write_config_and_tensors(
+    config_file: Path, config: dict[str, Any], weights_file: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write both files of a folder, which is made, or neither. Raises OSError, SafetensorError."""
+    config_file.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(config_file) as new_config, written_whole(weights_file) as new_weights:
+        # Not save_file: it makes files that only their owner may read.
+        new_weights.write_bytes(save(tensors, metadata={"format": "pt"}))
+        new_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True, eq=False)
 class MaskLoraWeights:
     """Deltas `alpha / rank * B(A(input))` of a base model's linear layers.
@@ -169,13 +180,7 @@ class MaskLoraWeights:
             "inference_mode": True,
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with (
-                written_whole(path / CONFIG_FILE) as config_file,
-                written_whole(path / WEIGHTS_FILE) as weights_file,
-            ):
-                weights_file.write_bytes(save(tensors, metadata={"format": "pt"}))
-                config_file.write_text(json.dumps(config, indent=2) + "\n")
+            write_config_and_tensors(path / CONFIG_FILE, config, path / WEIGHTS_FILE, tensors)
         except OSError as error:
             raise AdapterError(
                 f"The low-rank deltas could not be written to {path} ({first_line(error)})."

@@ -8,26 +8,23 @@ quantised or tuned otherwise. So the model writes a few prompts and answers them
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bita_vllm.scheduling.online import LENGTH_DEVIATION, SURE
 from bita_vllm.training.generate import GenerateConfig, Generator
 from bita_vllm.training.own_prompts import UserTurn
 from bita_vllm.training.samples import DataError
 from bita_vllm.tree.ladder import PLAIN_WIDTH
 from bita_vllm.tree.search import Draft, evaluate, scaled
 from bita_vllm.tree.template_set import TemplateSet
-from bita_vllm.tuning.profile import scheduler_of, set_width
+from bita_vllm.tuning.profile import every_schedule, scheduler_of, set_width
 
 NUM_ANSWERS = 12
 PROMPT_TOKENS, ANSWER_TOKENS = 96, 192  # at most
 MOST_ATTEMPTS = 3  # to have enough prompts, a batch each
 FEWEST_STEPS = 100  # fewer say nothing
-# Standard deviation of a block's accepted length, relative to its mean.
-LENGTH_DEVIATION = 0.5
 TOLERANCE = 1e-4  # of the factor that is looked for
 
 
@@ -52,7 +49,7 @@ class Answers(NamedTuple):
     @property
     def spread(self) -> float:
         """How far the accepted length may be off, relative to it: two standard errors."""
-        return float(2 * LENGTH_DEVIATION / np.sqrt(self.steps))
+        return float(SURE * LENGTH_DEVIATION / np.sqrt(self.steps))
 
 
 def longest_answer(num_rows: int) -> int:
@@ -81,9 +78,15 @@ def serve_answers(llm: Any, rows: int) -> Answers | None:
         if missing := NUM_ANSWERS - len(prompts):
             prompts += generator.own_prompts(turn, len(prompts), attempt, missing)[:missing]
     set_width(scheduler_of(llm), rows - 1)
-    with _counting_decode_steps(llm) as count:
+    steps = 0
+
+    def count(output: Any) -> None:
+        nonlocal steps
+        steps += sum(n > 0 for n in output.scheduled_cached_reqs.num_output_tokens)
+
+    with every_schedule(scheduler_of(llm), count):
         samples = generator.answers(prompts)
-    answers = Answers(rows, sum(len(one.answer_ids) - 1 for one in samples), count[0])
+    answers = Answers(rows, sum(len(one.answer_ids) - 1 for one in samples), steps)
     if answers.steps < FEWEST_STEPS:
         _say_nothing_seen(f"The model's own prompts gave {answers.steps} steps of answers")
         return None
@@ -94,24 +97,6 @@ def _say_nothing_seen(why: str) -> None:
     print(
         f"{why}: what drafts bring is taken from the adapter's statistics alone.", file=sys.stderr
     )
-
-
-@contextmanager
-def _counting_decode_steps(llm: Any) -> Iterator[list[int]]:
-    """Yield a list of one number: steps of requests that have a token already, summed over requests."""
-    scheduler = scheduler_of(llm)
-    schedule, count = scheduler.schedule, [0]
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        output = schedule(*args, **kwargs)
-        count[0] += sum(n > 0 for n in output.scheduled_cached_reqs.num_output_tokens)
-        return output
-
-    scheduler.schedule = counting
-    try:
-        yield count
-    finally:
-        scheduler.schedule = schedule
 
 
 def acceptance_reached(

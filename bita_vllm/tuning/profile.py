@@ -160,14 +160,11 @@ def _decoding(llm: Any, num_requests: int) -> Iterator[Callable[[], int]]:
     from vllm import SamplingParams
 
     engine = llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
-    schedule, rows = scheduler.schedule, 0
+    scheduler, rows = scheduler_of(llm), 0
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def see(output: Any) -> None:
         nonlocal rows
-        output = schedule(*args, **kwargs)
         rows = output.total_num_scheduled_tokens
-        return output
 
     def step() -> int:
         engine.step()
@@ -178,18 +175,36 @@ def _decoding(llm: Any, num_requests: int) -> Iterator[Callable[[], int]]:
     longest = config.max_model_len - PROMPT_LEN
     params = SamplingParams(temperature=0.0, max_tokens=longest, ignore_eos=True, detokenize=False)
     names = [f"profile-{num_requests}-{i}" for i in range(num_requests)]
-    scheduler.schedule = counting
+    with every_schedule(scheduler, see):
+        try:
+            set_width(scheduler, PLAIN_WIDTH)
+            for i, name in enumerate(names):
+                prompt = [
+                    (7 * i + 3 * place) % config.get_vocab_size() for place in range(PROMPT_LEN)
+                ]
+                engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            decoding: set[str] = set()
+            while len(decoding) < num_requests:
+                decoding |= {output.request_id for output in engine.step()}
+            yield step
+        finally:
+            engine.abort_request(names)
+            while engine.has_unfinished_requests():
+                engine.step()
+
+
+@contextmanager
+def every_schedule(scheduler: Any, see: Callable[[Any], None]) -> Iterator[None]:
+    """Hand vLLM's SchedulerOutput of every step to `see`."""
+    schedule = scheduler.schedule
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        see(output)
+        return output
+
+    scheduler.schedule = seen
     try:
-        set_width(scheduler, PLAIN_WIDTH)
-        for i, name in enumerate(names):
-            prompt = [(7 * i + 3 * place) % config.get_vocab_size() for place in range(PROMPT_LEN)]
-            engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        decoding: set[str] = set()
-        while len(decoding) < num_requests:
-            decoding |= {output.request_id for output in engine.step()}
-        yield step
+        yield
     finally:
-        engine.abort_request(names)
         scheduler.schedule = schedule
-        while engine.has_unfinished_requests():
-            engine.step()

@@ -171,7 +171,7 @@ def test_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.Mon
     def fail(*args: Any, **kwargs: Any) -> bytes:
         raise OSError("disk full")
 
-    monkeypatch.setattr("bita_vllm.adapter.checkpoint.save", fail)
+    monkeypatch.setattr("bita_vllm.adapter.deltas.save", fail)
     assert_refused(lambda: save_adapter(saved, make_adapter(num_prompt=7)), saved, "disk full")
     assert Adapter.load(saved).config.num_prompt_tokens == 4
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
