@@ -49,6 +49,11 @@ def refuse_platform() -> str | None:
             "Speculative method 'bita' runs on vLLM's CUDA and CPU platforms, but this is "
             f"{repr(name) if name else 'an unknown one'}; serve without it."
         )
+    if platform.on_cpu() and not platform.on_x86():
+        return (
+            "bita reads the KV cache layout that vLLM has on x86-64 CPUs, but this is a CPU of another kind; "
+            "serve without it."
+        )
     if platform.on_gpu() and envs.VLLM_USE_V2_MODEL_RUNNER is False:
         return (
             "VLLM_USE_V2_MODEL_RUNNER=0 is set, but on a GPU bita uses vLLM's V2 model runner; "
@@ -107,7 +112,6 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
     arch = model.architecture
     yield f"pooling models (runner {model.runner_type!r})", model.runner_type != "generate"
     yield f"encoder-decoder models ({arch})", model.is_encoder_decoder
-    yield f"multimodal models ({arch})", model.supports_multimodal_inputs
     yield f"diffusion models ({arch})", model.is_diffusion
     yield f"models with multi-axis rotary positions ({arch})", model.uses_mrope
     yield f"models without attention ({arch})", model.is_attention_free
@@ -115,6 +119,9 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
     yield f"hybrid or state-space models ({arch})", model.is_hybrid
     yield f"multi-head latent attention ({arch})", model.use_mla
     yield f"chunked local attention ({arch})", model.attention_chunk_size is not None
+    # The last of what a model is: where another refusal holds, text alone would not help.
+    text_alone = "text alone works: language_model_only=True, --language-model-only"
+    yield f"images and other media ({arch}; {text_alone})", model.supports_multimodal_inputs
     yield "prompt embeddings (enable_prompt_embeds)", model.enable_prompt_embeds
     yield "sampling masks (return_sampling_mask)", model.return_sampling_mask
     yield "replayed traces (enable_trace_replay)", model.enable_trace_replay

@@ -18,6 +18,7 @@ import torch
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import vocab_parallel_embedding
+from vllm.model_executor.models import registry
 from vllm.v1.executor import multiproc_executor
 
 from bita_vllm import config as bita_config
@@ -54,6 +55,8 @@ def in_this_process(num_ranks: int = 1) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # vLLM replaces it: put back
+        # vLLM looks at a model's class in a process of its own, which imports for seconds.
+        patch.setattr(registry, "_run_in_subprocess", lambda function: function())
         # vLLM does it a dozen times an engine: seconds, as long as all the rest of a tiny one's start.
         patch.setattr(gc, "collect", lambda generation=2: 0)
         # What has been imported stays out of the collector's way, whatever vLLM says at an engine's start and end.

@@ -73,6 +73,21 @@ SERVED_ONLY: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 256},  # parallel MLP, fused qkv
     "phi": GATED,  # rotary part of a head
 }
+# What bita refuses.
+REFUSED: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 4},  # ALiBi
+    "gemma3n_text": {  # embeddings by layer, shared KV caches
+        **GATED,
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 512,
+        "laurel_rank": 8,
+    },
+}
 
 
 def make_tiny_model(
@@ -84,7 +99,8 @@ def make_tiny_model(
     larger than an untrained model's, so that logits stand well apart and greedy outputs vary.
     """
     config = AutoConfig.for_model(
-        architecture, **{**COMMON, **(ARCHITECTURES | SERVED_ONLY)[architecture], **overrides}
+        architecture,
+        **{**COMMON, **(ARCHITECTURES | SERVED_ONLY | REFUSED)[architecture], **overrides},
     )
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)

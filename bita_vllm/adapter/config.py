@@ -233,7 +233,16 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 
 def _get(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    """Return a field of a model's config, None if it has none. Raises AdapterError where layers differ in it."""
+    if isinstance(config, Mapping):
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        raise AdapterError(
+            f"The layers of a model of type {short(config.model_type)} differ in {name}, but an adapter's prompt "
+            "tokens have one shape in all layers; bita does not support this model."
+        ) from None
 
 
 def first_line(error: Exception) -> str:

@@ -56,10 +56,6 @@ class TreeCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
         if self.isa == "amx":
             self.isa = "vec"
-        if self.isa not in ("vec", "vec16"):
-            raise RuntimeError(
-                f"bita reads vLLM's 'vec' KV cache layout, but this CPU uses '{self.isa}'; run on an x86-64 CPU."
-            )
         super()._set_isa_to_layers(layer_names)
 
     def build(self, *args: Any, **kwargs: Any) -> TreeCPUMetadata:
@@ -81,6 +77,7 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """One layer: causal rows through the stock kernel, step blocks through tree attention."""
 
+    head_sizes = range(1, 513)
     takes_sinks = False
     quantised_caches: tuple[str, ...] = ()
     # Set once after loading: [Hkv, D, P] and [Hkv, P, D], in what the kernel computes in

@@ -39,6 +39,7 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
 class TreeTritonAttentionImpl(TritonAttentionImpl):
     """One layer: tree attention for the rows of blocks, stock for all others."""
 
+    head_sizes = range(16, 257, 16)
     takes_sinks = True
     quantised_caches = FP8_CACHES
     # [P, Hkv, D] each, in the model's dtype

@@ -133,6 +133,11 @@ CPU_OVERRIDES = (
         "(self, layer_names)",
     ),
     Hook(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.create_model",
+        "refuses what a model's layers have and bita does not support, before weights are read",
+        "(self, vllm_config, model_config, prefix=)",
+    ),
+    Hook(
         "vllm.v1.attention.selector:_cached_get_attn_backend",
         "is cleared around loading, so that our backend is seen by bita's model only",
         "(backend, attn_selector_config, num_heads=, *, _run_kv_cache_dtype=)",

@@ -36,7 +36,7 @@ from bita_vllm.runner.cpu_linear import (
 )
 from bita_vllm.runner.cpu_reload import renewed_products
 from bita_vllm.runner.cpu_sampling import GreedyTargets, SampledTargets, constrain_nodes
-from bita_vllm.runner.loading import attention_backend, put_in_adapter, replaced
+from bita_vllm.runner.loading import put_in_adapter, replaced, tree_attention_models
 from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
 from bita_vllm.step.settings import DrafterSeat, get_settings
 from bita_vllm.tree import NO_BLOCK, TemplateTable
@@ -99,14 +99,17 @@ class BitaCPUModelRunner(CPUModelRunner):
         packs, packs_for_blocks = has_kernels and cpu_gains(), has_kernels and blocks_gain()
         self.speculative_config.packs_linear_layers = packs or packs_for_blocks
         self._packing = partial(packing, packs, packs_for_blocks)
-        tree_attention = attention_backend(AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend)
+        tree_attention = tree_attention_models(
+            AttentionBackendEnum.CPU_ATTN, TreeCPUAttentionBackend, self.vllm_config, self.settings
+        )
         as_plain = replaced(self, "vllm_config", plain_config(self.vllm_config, packs))
-        with self._packing(), tree_attention, as_plain:
+        with self._packing(), tree_attention as adapter, as_plain:
             super().load_model(load_dummy_weights)
         self._plain_model = self.model
         self._block_model = block_form(self.model, self.vllm_config)
         self._step_mask_rows = put_in_adapter(
             self._block_model,
+            adapter,
             self.vllm_config,
             self.settings,
             TreeCPUAttentionImpl,

@@ -206,6 +206,25 @@ def _refuse_layer(name: str, layer: LinearBase, num_members: int | None) -> None
         )
 
 
+def find_places(model: nn.Module, weights: MaskLoraWeights) -> dict[str, Place]:
+    """Return the place of every module that has a delta.
+
+    Raises:
+        AdapterError: the deltas are another model's, or a layer cannot take one.
+    """
+    places: dict[str, Place] = {}
+
+    def size_of(name: str) -> tuple[int, int] | None:
+        place = find_place(model, name)
+        if place is None:
+            return None
+        places[name] = place
+        return place.size()
+
+    weights.check_fit(size_of, type(model).__name__)
+    return places
+
+
 def put_in_mask_lora(
     model: nn.Module,
     weights: MaskLoraWeights,
@@ -221,18 +240,9 @@ def put_in_mask_lora(
         add, pack: the operation that the runner computes with, and how it takes A and B.
 
     Raises:
-        AdapterError: the deltas are another model's, or a layer cannot take one.
+        AdapterError: from `find_places`.
     """
-    places: dict[str, Place] = {}
-
-    def size_of(name: str) -> tuple[int, int] | None:
-        place = find_place(model, name)
-        if place is None:
-            return None
-        places[name] = place
-        return place.size()
-
-    weights.check_fit(size_of, type(model).__name__)
+    places = find_places(model, weights)
     by_layer: dict[str, list[str]] = {}
     for name, place in places.items():
         by_layer.setdefault(place.layer_name, []).append(name)

@@ -36,13 +36,8 @@ class MaskEmbedding:
         return torch.where(is_mask.unsqueeze(-1), self.mask_embeddings[index], embedded)
 
 
-def insert_mask_embedding(
-    model: nn.Module,
-    # [k, H]
-    mask_embeddings: torch.Tensor,
-    vocab_size: int,
-) -> None:
-    """Let the model's one input embedding read mask embeddings; an output head tied to it stays as it is.
+def token_embedding(model: nn.Module) -> VocabParallelEmbedding:
+    """Return the model's one input embedding; an output head tied to it is none.
 
     Raises:
         ValueError: the model has no, or more than one, input embedding.
@@ -60,7 +55,17 @@ def insert_mask_embedding(
             f"bita needs a model with one token embedding (VocabParallelEmbedding), but "
             f"{type(model).__name__} has {len(found)}; this model is not supported."
         )
-    (embedding,) = found
+    return found[0]
+
+
+def insert_mask_embedding(
+    model: nn.Module,
+    # [k, H]
+    mask_embeddings: torch.Tensor,
+    vocab_size: int,
+) -> None:
+    """Let the model's input embedding read mask embeddings; an output head tied to it stays as it is."""
+    embedding = token_embedding(model)
     embedding.register_buffer(
         "mask_embeddings", mask_embeddings.to(embedding.weight.dtype), persistent=False
     )

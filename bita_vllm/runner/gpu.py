@@ -8,6 +8,7 @@ Source of the hooks: vllm/v1/worker/gpu/{model_runner,model_states/interface,spe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -31,7 +32,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
-from bita_vllm.adapter.config import AdapterConfig
+from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.attention.gpu import (
     TreeTritonAttentionBackend,
     TreeTritonAttentionImpl,
@@ -46,10 +47,10 @@ from bita_vllm.runner.gpu_graphs import WidthGraphManager
 from bita_vllm.runner.gpu_sampling import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of, rows_in_one_pass
 from bita_vllm.runner.loading import (
-    attention_backend,
     keep_through_sleep,
     put_in_adapter,
     replaced,
+    tree_attention_models,
 )
 from bita_vllm.step.device import StepTrees
 from bita_vllm.step.settings import BitaSettings, get_settings
@@ -120,11 +121,13 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
-        with (
-            attention_backend(self.attention_backend, TreeTritonAttentionBackend),
-            replaced(v2, "init_model_state", self._make_model_state),
-        ):
-            super().load_model(*args, **kwargs)
+        tree_attention = tree_attention_models(
+            self.attention_backend, TreeTritonAttentionBackend, self.vllm_config, self.settings
+        )
+        with tree_attention as adapter:
+            make_state = partial(self._make_model_state, adapter)
+            with replaced(v2, "init_model_state", make_state):
+                super().load_model(*args, **kwargs)
         trees = self.model_state.trees
         self.tree_sampler = TreeSampler(self.sampler, trees)
         self.tree_sampler.warm_up()
@@ -145,11 +148,17 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         )
 
     def _make_model_state(
-        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device
+        self,
+        adapter: Adapter,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: Any,
+        device: torch.device,
     ) -> BitaModelState:
         """vLLM's model state for the loaded model; the adapter goes into the model."""
         lora_rows = put_in_adapter(
             model,
+            adapter,
             vllm_config,
             self.settings,
             TreeTritonAttentionImpl,
@@ -160,10 +169,9 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             CountedMaskRows,
         )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
-        adapter = AdapterConfig.load(self.settings.adapter_dir)
         state.trees = StepTrees(
             self.settings.ladder.template_sets,
-            acceptance_table(adapter.acceptance, adapter.num_mask_tokens),
+            acceptance_table(adapter.config.acceptance, adapter.config.num_mask_tokens),
             self.max_num_reqs,
             device,
         )

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.runner.delta_layers import AddMaskLora, PackMaskLora, put_in_mask_lora
 from bita_vllm.runner.embedding import insert_mask_embedding
+from bita_vllm.runner.model_checks import check_model
 from bita_vllm.step.mask_rows import MaskRows
 from bita_vllm.step.settings import BitaSettings
 
@@ -54,8 +53,46 @@ def attention_backend(place: AttentionBackendEnum, backend: type) -> Iterator[No
         _cached_get_attn_backend.cache_clear()
 
 
+@contextmanager
+def before_weights(check: Callable[[nn.Module], object]) -> Iterator[None]:
+    """Models that are loaded inside go through `check` when they have their layers, but not their weights.
+
+    Source: BaseModelLoader.load_model (vllm/model_executor/model_loader/base_loader.py).
+    """
+    create = BaseModelLoader.create_model
+
+    def create_and_check(self: BaseModelLoader, *args: Any, **kwargs: Any) -> nn.Module:
+        model = create(self, *args, **kwargs)
+        check(model)
+        return model
+
+    with replaced(BaseModelLoader, "create_model", create_and_check):
+        yield
+
+
+@contextmanager
+def tree_attention_models(
+    place: AttentionBackendEnum, backend: Any, vllm_config: VllmConfig, settings: BitaSettings
+) -> Iterator[Adapter]:
+    """Models loaded inside have tree attention; what of them bita cannot serve is refused before weights are read.
+
+    Yields:
+        The run's adapter.
+
+    Raises:
+        ValueError: the adapter is damaged or another model's, or the model is not supported.
+    """
+    shape = ModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+    adapter = Adapter.load(settings.adapter_dir, shape)
+    impl_cls = backend.get_impl_cls()
+    checked = before_weights(lambda model: check_model(model, vllm_config, adapter, impl_cls))
+    with attention_backend(place, backend), checked:
+        yield adapter
+
+
 def put_in_adapter(
     model: nn.Module,
+    adapter: Adapter,
     vllm_config: VllmConfig,
     settings: BitaSettings,
     impl_cls: type,
@@ -70,26 +107,20 @@ def put_in_adapter(
     """Put the adapter into a model: mask embeddings, and prompt tokens and deltas in every layer. Logs one line.
 
     Args:
-        impl_cls: tree attention's class, whose layers have `set_prompt_tokens` and say `takes_sinks` and
-            `quantised_caches`.
+        impl_cls: tree attention's class, whose layers have `set_prompt_tokens`.
 
     Returns:
         The object that must be told which rows of each step are mask rows; None if the adapter has no deltas.
 
     Raises:
-        ValueError: the adapter does not fit, or a layer's attention is not supported.
+        ValueError: from `check_model`, where a loader has built the model in a way of its own.
     """
-    model_config = vllm_config.model_config
-    adapter = Adapter.load(
-        settings.adapter_dir, ModelShape.from_hf_config(model_config.hf_text_config)
-    )
-    vocab_size = model_config.get_vocab_size()
+    layers = check_model(model, vllm_config, adapter, impl_cls)
+    vocab_size = vllm_config.model_config.get_vocab_size()
     insert_mask_embedding(model, adapter.mask_embeddings.to(device), vocab_size)
     added = adapter.mask_embeddings.nbytes
     rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    # Every layer with state between steps, of which only attention with a KV cache is known to bear blocks.
-    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items():
-        _refuse_layer(name, layer, impl_cls)
+    for name, layer in layers.items():
         index = extract_layer_index(name)
         added += layer.impl.set_prompt_tokens(
             *(
@@ -148,30 +179,3 @@ def keep_through_sleep(model: nn.Module, *owners: Any) -> None:
         if torch.is_tensor(value) and not isinstance(value, nn.Parameter):
             module.register_buffer(f"tensor_{index}", value, persistent=False)
     model.add_module("bita_tensors", module)
-
-
-def _refuse_layer(name: str, layer: Any, impl_cls: Any) -> None:
-    impl = getattr(layer, "impl", None)
-    feature = None
-    if impl is None:
-        feature = f"layers of type {type(layer).__name__}"
-    elif not isinstance(impl, impl_cls):
-        feature = f"attention of type {type(impl).__name__}"
-    elif impl.attn_type != AttentionType.DECODER:
-        feature = f"attention of kind {impl.attn_type}"
-    elif impl.alibi_slopes is not None:
-        feature = "ALiBi"
-    elif impl.sinks is not None and not impl_cls.takes_sinks:
-        feature = "attention sinks"
-    elif getattr(impl, "chunk_lookback", -1) > -1:
-        feature = "attention in chunks"
-    elif is_quantized_kv_cache(layer.kv_cache_dtype) and (
-        layer.kv_cache_dtype not in impl_cls.quantised_caches
-    ):
-        feature = f"a KV cache of type {layer.kv_cache_dtype}"
-    elif impl.kv_sharing_target_layer_name is not None:
-        feature = "KV caches shared between layers"
-    if feature is not None:
-        raise ValueError(
-            f"bita does not support {feature} (layer {name}); serve this model without it."
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 
 from bita_vllm.system.machine import DeviceSpeed, cpu_name, gpu_speed
 
@@ -15,6 +15,11 @@ def on_gpu() -> bool:
 def on_cpu() -> bool:
     """Whether this process serves on vLLM's V1 runner: on a CPU."""
     return current_platform.is_cpu()
+
+
+def on_x86() -> bool:
+    """Whether this process runs on an x86-64 CPU."""
+    return current_platform.get_cpu_architecture() == CpuArchEnum.X86
 
 
 def device_name() -> str:

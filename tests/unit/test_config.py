@@ -9,9 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-import vllm.envs as envs
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 from vllm.config.cache import CacheDType
 from vllm.config.utils import replace
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -369,81 +367,8 @@ def test_template_with_longer_groups_than_the_adapter_has_masks_is_refused(make,
     assert "4 rows" in message and "3 mask tokens" in message
 
 
-ENGINE = {
-    "model length": ({"max_model_len": 52}, ["max_model_len is 52", "52 rows", "at least 53"]),
-    "token budget": (
-        {"max_num_batched_tokens": 51, "max_num_seqs": 4},
-        ["max_num_batched_tokens is 51", "52 rows"],
-    ),
-    "async scheduling": ({"async_scheduling": True}, ["async_scheduling"]),
-    "worker class": ({"worker_cls": "mine.Worker"}, ["worker_cls", "'mine.Worker'"]),
-    "scheduler class": (
-        {"scheduler_cls": "mine.Scheduler"},
-        ["scheduler_cls", "'mine.Scheduler'"],
-    ),
-    "pipeline parallel": (
-        {"pipeline_parallel_size": 2},
-        ["pipeline parallelism", "pipeline_parallel_size 2"],
-    ),
-    "data parallel": ({"data_parallel_size": 2}, ["data parallelism", "data_parallel_size 2"]),
-    "external launcher": (
-        {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
-        ["'external_launcher'"],
-    ),
-    "LoRA": ({"enable_lora": True, "max_lora_rank": 8}, ["LoRA"]),
-    "fp8 KV cache": ({"kv_cache_dtype": "fp8"}, ["kv_cache_dtype 'fp8' on CPU"]),
-    "quantised KV cache": ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2' on CPU"]),
-    "prompt embeddings": ({"enable_prompt_embeds": True}, ["prompt embeddings"]),
-    "sampling masks": ({"return_sampling_mask": True}, ["return_sampling_mask"]),
-    "trace replay": ({"enable_trace_replay": True}, ["enable_trace_replay"]),
-    "logits processors": (
-        {"logits_processors": ["mine:Processor"]},
-        ["mine:Processor", "on CPU", "may count steps"],
-    ),
-    "weight transfer": (
-        {"weight_transfer_config": {"backend": "ipc"}},
-        ["weight_transfer_config", "on CPU", "reload_weights"],
-    ),
-    "KV connector": (
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        ["KV connectors"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("engine", "facts"), ENGINE.values(), ids=ENGINE.keys())
-def test_engine_that_cannot_serve_bita_is_refused_by_name(make, engine, facts):
-    message = refused(lambda: make({"tree": "5,4,3"}, **engine))
-    assert all(fact in message for fact in facts), message
-
-
 def test_tensor_parallelism_is_served(make):
     assert get_settings(make(tensor_parallel_size=2)).num_mask_tokens == 3
-
-
-def test_model_runner_v2_on_cpu_is_refused(make, monkeypatch):
-    monkeypatch.setattr(envs, "VLLM_USE_V2_MODEL_RUNNER", True, raising=False)
-    assert "VLLM_USE_V2_MODEL_RUNNER=1" in refused(make)
-
-
-def test_other_platforms_are_refused(make, monkeypatch):
-    monkeypatch.setattr(type(platform.current_platform), "is_cpu", lambda self: False)
-    assert "CUDA and CPU platforms" in refused(make)
-
-
-MODELS = {
-    "MambaForCausalLM": ("mamba", "models without attention (MambaForCausalLM)"),
-    "BertModel": ("bert", "pooling models (runner 'pooling')"),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "sentence"), [(n, k, s) for n, (k, s) in MODELS.items()], ids=MODELS
-)
-def test_model_of_another_kind_is_refused_by_name(make, tmp_path, name, kind, sentence):
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
-    AutoConfig.for_model(kind, architectures=[name], **sizes).save_pretrained(tmp_path)
-    assert sentence in refused(lambda: make(model=str(tmp_path), skip_tokenizer_init=True))
 
 
 def damaged(adapter, tmp_path, change):
@@ -530,18 +455,6 @@ def on_gpu(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
 
 
-def test_gpu_refuses_the_v1_runner(make, on_gpu, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    assert "VLLM_USE_V2_MODEL_RUNNER=0 is set" in refused(make)
-
-
-def test_batch_sharded_sampling_is_refused(make):
-    config = make()
-    config.parallel_config.enable_batch_sharded_sampling = True
-    message = refused(lambda: check_engine(config, get_settings(config)))
-    assert "enable_batch_sharded_sampling" in message and "as every rank" in message
-
-
 def test_gpu_takes_weight_transfer_and_logits_processors(make, monkeypatch):
     config = make()
     monkeypatch.setattr(platform, "on_gpu", lambda: True)
@@ -549,14 +462,6 @@ def test_gpu_takes_weight_transfer_and_logits_processors(make, monkeypatch):
     check_engine(config, get_settings(config))
     config.model_config.logits_processors = ["mine:Processor"]
     refusals.refuse_model(config.model_config)
-
-
-def test_returned_experts_are_refused(make):
-    """A tree's rows are not the tokens that went out."""
-    config = make()
-    config.aux_output_config.enable_return_routed_experts = True
-    message = refused(lambda: check_engine(config, get_settings(config)))
-    assert "enable_return_routed_experts" in message
 
 
 def test_attention_only_models_in_a_class_for_hybrids_are_served(make, tiny_model):

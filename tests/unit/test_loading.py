@@ -9,7 +9,8 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from bita_vllm.attention.cpu import TreeCPUAttentionImpl
 from bita_vllm.attention.gpu import TreeTritonAttentionImpl
-from bita_vllm.runner.loading import _refuse_layer, own_kv_heads
+from bita_vllm.runner.loading import own_kv_heads
+from bita_vllm.runner.model_checks import _refuse_layer
 
 HEAD_SIZE, HIDDEN = 4, 8
 
@@ -43,7 +44,13 @@ def test_kv_heads_of_a_rank_are_vllms(monkeypatch, num_heads, num_ranks):
 
 def layer_of(impl_cls, kv_cache_dtype="auto", **given):
     impl = impl_cls.__new__(impl_cls)
-    usual = {"attn_type": "decoder", "alibi_slopes": None, "sinks": None, "chunk_lookback": -1}
+    usual = {
+        "attn_type": "decoder",
+        "alibi_slopes": None,
+        "sinks": None,
+        "head_size": 64,
+        "chunk_lookback": -1,
+    }
     vars(impl).update({**usual, "kv_sharing_target_layer_name": None, **given})
     return SimpleNamespace(impl=impl, kv_cache_dtype=kv_cache_dtype)
 
@@ -55,16 +62,35 @@ def layer_of(impl_cls, kv_cache_dtype="auto", **given):
         (TreeTritonAttentionImpl, {"alibi_slopes": torch.ones(1)}, "ALiBi"),
         (TreeTritonAttentionImpl, {"kv_cache_dtype": "fp8_e5m2"}, "KV cache of type fp8_e5m2"),
         (TreeCPUAttentionImpl, {"kv_cache_dtype": "fp8"}, "KV cache of type fp8"),
-        (TreeCPUAttentionImpl, {"sinks": torch.ones(1)}, "attention sinks"),
-        (TreeTritonAttentionImpl, {"sinks": torch.ones(1), "kv_cache_dtype": "fp8"}, None),
-        (TreeCPUAttentionImpl, {}, None),
+        (TreeCPUAttentionImpl, {"attn_type": "encoder_only"}, "attention of kind encoder_only"),
+        (TreeTritonAttentionImpl, {"head_size": 512}, "attention heads of size 512"),
+        (TreeTritonAttentionImpl, {"head_size": 72}, "attention heads of size 72"),
+        (
+            TreeCPUAttentionImpl,
+            {"kv_sharing_target_layer_name": "a"},
+            "KV caches shared between layers",
+        ),
+        (TreeTritonAttentionImpl, {"kv_cache_dtype": "fp8"}, None),
+        (TreeCPUAttentionImpl, {"head_size": 512}, None),
     ],
 )
 def test_layers_that_attend_otherwise_are_refused_by_name(impl_cls, given, feature):
-    """fp8 caches, too, that only the checkpoint asks for."""
+    """Also fp8 caches that only the checkpoint asks for."""
     layer = layer_of(impl_cls, **given)
     if feature is None:
         _refuse_layer("model.layers.3.attn", layer, impl_cls)
         return
     with pytest.raises(ValueError, match=f"{feature} .layer model.layers.3.attn"):
         _refuse_layer("model.layers.3.attn", layer, impl_cls)
+
+
+@pytest.mark.parametrize(
+    ("layer", "feature"),
+    [
+        (SimpleNamespace(), "layers of type SimpleNamespace"),
+        (layer_of(TreeTritonAttentionImpl), "attention of type TreeTritonAttentionImpl"),
+    ],
+)
+def test_layers_of_another_kind_are_refused_by_name(layer, feature):
+    with pytest.raises(ValueError, match=f"{feature} .layer model.layers.3.attn"):
+        _refuse_layer("model.layers.3.attn", layer, TreeCPUAttentionImpl)
