@@ -59,6 +59,12 @@ struct Round {
     std::fill_n(total, kMostRows, 0.0f);
   }
 
+  // Query i has seen an attention sink, a key of that score without a value.
+  void see_sink(int64_t i, float score) {
+    top[i] = score;
+    total[i] = 1.0f;
+  }
+
   // Sixteen slots, `count` of them: keys [D, ldk], values [sixteen, D]; the others become zero.
   void put(int64_t panel, const Half* k, int64_t ldk, const Half* v, int64_t count) {
     const __mmask16 kept = mask_of(count);
@@ -163,7 +169,7 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
                          const at::Tensor& first_row, const at::Tensor& num_rows, const at::Tensor& context_len,
                          const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                          const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
-                         at::Tensor& out, float scale, float softcap, int64_t window) {
+                         at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks) {
   const int64_t heads = kv_cache.size(1), block_size = kv_cache.size(2), dim = kv_cache.size(3) / 2;
   const int64_t group = query.size(1) / heads, most = depth.size(1), num_prompt = prompt_keys.size(2);
   const int64_t* first = first_row.const_data_ptr<int64_t>();
@@ -209,6 +215,7 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
         std::memcpy(round.queries.data() + i * dim,
                     q + (first[b] + row_of[i]) * query.stride(0) + (h * group + (from + i) % group) * query.stride(1),
                     dim * sizeof(Half));
+        if (sinks != nullptr) round.see_sink(i, sinks[h * group + (from + i) % group]);
       }
       if (any_mask)
         for (int64_t p = 0; p < num_prompt; p += kChunk) {

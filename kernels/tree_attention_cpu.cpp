@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "exponential.h"
@@ -92,6 +93,12 @@ struct Queries {
     std::fill_n(total, n, 0.0f);
   }
 
+  // Query i has seen an attention sink, a key of that score without a value.
+  void see_sink(int64_t i, float score) {
+    top[i] = score;
+    total[i] = 1.0f;
+  }
+
   // `count` <= kChunk keys [D, count] and values [count, D]; query i sees slot j if sees(i, j).
   template <typename Sees>
   void attend(const float* keys, int64_t ldk, const float* values, int64_t ldv, int64_t count, Sees sees) {
@@ -131,7 +138,7 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
                     const at::Tensor& first_row, const at::Tensor& num_rows, const at::Tensor& context_len,
                     const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                     const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
-                    at::Tensor& out, float scale, float softcap, int64_t window) {
+                    at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks) {
   const int64_t heads = kv_cache.size(1), block_size = kv_cache.size(2), dim = kv_cache.size(3) / 2;
   const int64_t group = query.size(1) / heads, most = depth.size(1), num_prompt = prompt_keys.size(2);
   const int64_t* first = first_row.const_data_ptr<int64_t>();
@@ -175,6 +182,7 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
         any_mask |= row_mask[row_of[i]] >= 0;
         const T* source = q + (first[b] + row_of[i]) * query.stride(0) + (h * group + (from + i) % group) * query.stride(1);
         for (int64_t d = 0; d < dim; ++d) queries.q[i * dim + d] = static_cast<float>(source[d]) * scale;
+        if (sinks != nullptr) queries.see_sink(i, sinks[h * group + (from + i) % group]);
       }
       if (any_mask)
         for (int64_t p = 0; p < num_prompt; p += kChunk)
@@ -216,21 +224,25 @@ void tree_attention_cpu(const at::Tensor& query, const at::Tensor& kv_cache, con
                         const at::Tensor& first_row, const at::Tensor& num_rows, const at::Tensor& context_len,
                         const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                         const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
-                        at::Tensor out, double scale, double softcap, int64_t window) {
+                        at::Tensor out, double scale, double softcap, int64_t window,
+                        const std::optional<at::Tensor>& sinks) {
   TORCH_CHECK(query.stride(2) == 1 && out.stride(2) == 1 && kv_cache.is_contiguous() && block_table.stride(1) == 1,
               "tree_attention_cpu: query, out, kv_cache and block_table must be contiguous in their last dimension");
   TORCH_CHECK(out.scalar_type() == query.scalar_type() && kv_cache.scalar_type() == query.scalar_type(),
               "tree_attention_cpu: query, kv_cache and out must have one dtype");
+  TORCH_CHECK(!sinks || sinks->numel() == query.size(1), "tree_attention_cpu: sinks must have a number for each head");
+  const at::Tensor sink_floats = sinks ? sinks->to(at::kFloat).contiguous() : at::Tensor();
+  const float* sink = sinks ? sink_floats.const_data_ptr<float>() : nullptr;
 #ifdef __AVX512BF16__
   if (takes_tree_attention_bf16(kv_cache))
     return tree_attention_bf16(query, kv_cache, block_table, first_row, num_rows, context_len, line, depth, ancestors,
                                mask_index, prompt_keys, prompt_values, out, static_cast<float>(scale),
-                               static_cast<float>(softcap), window);
+                               static_cast<float>(softcap), window, sink);
 #endif
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "tree_attention_cpu", [&] {
     tree_attention<scalar_t>(query, kv_cache, block_table, first_row, num_rows, context_len, line, depth, ancestors,
                              mask_index, prompt_keys, prompt_values, out, static_cast<float>(scale),
-                             static_cast<float>(softcap), window);
+                             static_cast<float>(softcap), window, sink);
   });
 }
 

@@ -37,10 +37,13 @@ def tree_attention_cpu_naive(
     softcap: float,
     # positions, not slots; below 1 for none
     window: int,
+    # [Hq] any float type, logits of attention sinks, which have no value
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Write the attention of every row of a block over prompt tokens, committed context and own rows, in fp32.
 
-    All three are in one softmax. The window does not apply to prompt tokens.
+    All three and the sink are in one softmax. The window does not apply to prompt tokens, and neither scale nor
+    soft cap to sinks.
     """
     (num_blocks, heads, block_size, _), dim = kv_cache.shape, query.shape[2]
     pages = kv_cache.view(num_blocks, heads, 2, block_size * dim)
@@ -63,6 +66,8 @@ def tree_attention_cpu_naive(
         prompt = (mask_index[of, :n, None] >= 0).expand(n, prompt_keys.shape[2])
         scores.masked_fill_(~torch.cat([prompt, visible], dim=1), float("-inf"))
         all_values = torch.cat([prompt_values, values[:, : c + n]], dim=1)[:, None]
-        out[rows] = (
-            (scores.softmax(dim=-1) @ all_values).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
-        )
+        if sinks is not None:
+            sink = sinks.float().view(heads, -1, 1, 1)
+            scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=3)
+        chances = scores.softmax(dim=-1)[..., : all_values.shape[2]]
+        out[rows] = (chances @ all_values).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)

@@ -72,6 +72,15 @@ SERVED_ONLY: dict[str, dict[str, Any]] = {
     "starcoder2": GATED,  # layer norms, biases, no gate
     "gpt_neox": {"intermediate_size": 256},  # parallel MLP, fused qkv
     "phi": GATED,  # rotary part of a head
+    # attention sinks, every other layer with a sliding window; a mixture whose experts have biases
+    "gpt_oss": {
+        **GATED,
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 # What bita refuses.
 REFUSED: dict[str, dict[str, Any]] = {

@@ -78,7 +78,6 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """One layer: causal rows through the stock kernel, step blocks through tree attention."""
 
     head_sizes = range(1, 513)
-    takes_sinks = False
     quantised_caches: tuple[str, ...] = ()
     # Set once after loading: [Hkv, D, P] and [Hkv, P, D], in what the kernel computes in
     prompt_keys: torch.Tensor
@@ -135,5 +134,6 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 self.scale,
                 self.logits_soft_cap or 0.0,
                 self.sliding_window,
+                self.sinks,
             )
         return output

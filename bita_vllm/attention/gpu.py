@@ -40,7 +40,6 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
     """One layer: tree attention for the rows of blocks, stock for all others."""
 
     head_sizes = range(16, 257, 16)
-    takes_sinks = True
     quantised_caches = FP8_CACHES
     # [P, Hkv, D] each, in the model's dtype
     prompt_keys: torch.Tensor

@@ -27,7 +27,7 @@ def check_model(
     """Return every layer with a KV cache by its name, where bita can serve them all with this adapter.
 
     Args:
-        impl_cls: tree attention's class, which says its `head_sizes`, `takes_sinks` and `quantised_caches`.
+        impl_cls: tree attention's class, which says its `head_sizes` and `quantised_caches`.
 
     Raises:
         ValueError: one sentence on what is not supported, or does not fit.
@@ -62,8 +62,6 @@ def _unsupported_layer(layer: Any, impl_cls: Any) -> str | None:
         return f"attention heads of size {impl.head_size}"
     if impl.alibi_slopes is not None:
         return "ALiBi"
-    if impl.sinks is not None and not impl_cls.takes_sinks:
-        return "attention sinks"
     if getattr(impl, "chunk_lookback", -1) > -1:
         return "attention in chunks"
     cache = layer.kv_cache_dtype

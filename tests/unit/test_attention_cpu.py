@@ -44,11 +44,15 @@ def tree_attention(request):
 
 
 @pytest.mark.parametrize(
-    "softcap, window", [(0, -1), (5.0, -1), (0, 6)], ids=["plain", "softcap", "window"]
+    "softcap, window, has_sinks",
+    [(0, -1, False), (5.0, -1, False), (0, 6, False), (0, -1, True), (5.0, 6, True)],
+    ids=["plain", "softcap", "window", "sinks", "sinks, softcap, window"],
 )
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_equals_dense_attention(tree_attention, dtype, isa, block_size, head_size, softcap, window):
+def test_equals_dense_attention(
+    tree_attention, dtype, isa, block_size, head_size, softcap, window, has_sinks
+):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     lines = np.array([3, 0, NO_BLOCK, 3, 2, 3])
@@ -79,9 +83,10 @@ def test_equals_dense_attention(tree_attention, dtype, isa, block_size, head_siz
     out = torch.full((rows, HEADS_KV * GROUP, head_size), float("nan"), dtype=dtype)
 
     tree = TreeMetadata(blocks, context, table)
-    tree_attention(
-        query, kv_cache, *tree.arguments, prompt_keys, prompt_values, out, SCALE, softcap, window
-    )
+    # One of them above all scores, one below.
+    sinks = torch.tensor([9.0, -40, 0, 1, 2, -1]).to(dtype) if has_sinks else None
+    prompt = prompt_keys, prompt_values
+    tree_attention(query, kv_cache, *tree.arguments, *prompt, out, SCALE, softcap, window, sinks)
 
     assert not tree.all_rows_in_blocks
     start = 0
@@ -106,7 +111,9 @@ def test_equals_dense_attention(tree_attention, dtype, isa, block_size, head_siz
                     score = k @ query[start + row, head].double() * SCALE
                     if softcap:
                         score = torch.tanh(score / softcap) * softcap
-                    expected = score.softmax(0) @ v
+                    if has_sinks:
+                        score = torch.cat([score, sinks[head : head + 1].double()])
+                    expected = score.softmax(0)[: len(v)] @ v
                     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
                     torch.testing.assert_close(
                         block_rows[row, head], expected, atol=tolerance, rtol=tolerance

@@ -44,13 +44,7 @@ def test_kv_heads_of_a_rank_are_vllms(monkeypatch, num_heads, num_ranks):
 
 def layer_of(impl_cls, kv_cache_dtype="auto", **given):
     impl = impl_cls.__new__(impl_cls)
-    usual = {
-        "attn_type": "decoder",
-        "alibi_slopes": None,
-        "sinks": None,
-        "head_size": 64,
-        "chunk_lookback": -1,
-    }
+    usual = {"attn_type": "decoder", "alibi_slopes": None, "head_size": 64, "chunk_lookback": -1}
     vars(impl).update({**usual, "kv_sharing_target_layer_name": None, **given})
     return SimpleNamespace(impl=impl, kv_cache_dtype=kv_cache_dtype)
 
