@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from bita_kernels.add_mask_lora_cpu_naive import add_mask_lora_cpu_naive
+from bita_kernels.find_copies_cpu_naive import find_copies_cpu_naive
 from bita_kernels.linear_bf16_cpu_naive import linear_bf16_cpu_naive
 from bita_kernels.linear_cpu_naive import linear_cpu_naive
 from bita_kernels.move_kv_cpu_naive import move_kv_cpu_naive
@@ -84,6 +85,12 @@ OPERATIONS: dict[str, tuple[str, Any, Any]] = {
         "(Tensor logits, Tensor rows, int k) -> (Tensor, Tensor)",
         top_tokens_cpu_naive,
         lambda logits, rows, k: (rows.new_empty(len(rows), k), logits.new_empty(len(rows), k)),
+    ),
+    "find_copies_cpu": (
+        "(Tensor token_ids, Tensor num_tokens, Tensor slots, int max_places, Tensor(a!) head, Tensor(b!) previous, "
+        "Tensor(c!) state, Tensor(d!) copies, Tensor(e!) length, Tensor(f!) outcome) -> ()",
+        find_copies_cpu_naive,
+        no_result,
     ),
 }
 
