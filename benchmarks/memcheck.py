@@ -219,7 +219,6 @@ def blocks(device: torch.device) -> Iterator[Check]:
                 "table": table,
                 "choice": choice,
                 "set_index": 0,
-                "only_first": False,
                 "ranking": Ranking.of(REQUESTS, VOCAB_SIZE, table),
                 "draft_tokens": torch.full((REQUESTS, table.num_rows - 1), -7, device=device),
                 "line_of_slot": torch.full((REQUESTS,), -7, dtype=torch.int32, device=device),

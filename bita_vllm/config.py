@@ -23,6 +23,7 @@ from bita_vllm.scheduling.token_budget import within_budget
 from bita_vllm.step.settings import BitaSettings, BitaSpeculativeConfig, ConfigError
 from bita_vllm.system import platform
 from bita_vllm.tree.ladder import Ladder, ranges_of
+from bita_vllm.tree.search import acceptance_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,6 +92,7 @@ def build_speculative_config(
         num_speculative_tokens=ladder.widest.num_rows - 1,
         ladder=ladder,
         num_mask_tokens=adapter_config.num_mask_tokens,
+        acceptance=acceptance_table(adapter_config.acceptance, adapter_config.num_mask_tokens),
         mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
     # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner

@@ -42,8 +42,6 @@ def build_block(
     choice: ChoiceTable,
     # which set the trees are of
     set_index: int,
-    # take the set's first tree, whatever the others promise
-    only_first: bool,
     # scratch for B requests or more
     ranking: Ranking,
     # Outputs. [B, R-1] int32 or int64, rows 1 to R-1 of each block: candidates, mask ids, padding
@@ -71,7 +69,7 @@ def build_block(
         return
     most_depths = choice.max_depths[set_index] if logits is not None else 0
     num_templates = choice.num_templates[set_index]
-    chooses = logits is not None and num_templates > 1 and not only_first
+    chooses = logits is not None and num_templates > 1
     if logits is not None:
         # Wherever there are sets, so that no request is the first to compile it.
         sums = max(choice.num_templates) > 1

@@ -19,7 +19,6 @@ def build_block_naive(
     table: TreeTable,
     choice: ChoiceTable,
     set_index: int,
-    only_first: bool,
     ranking: Ranking,
     draft_tokens: torch.Tensor,
     line_of_slot: torch.Tensor,
@@ -35,7 +34,7 @@ def build_block_naive(
         line = lines[0]
         # A stable sort keeps equal logits in the order of their ids; NaN sorts as the greatest.
         order = torch.sort(candidates, dim=-1, descending=True, stable=True).indices
-        if available and not only_first:
+        if available:
             probabilities = candidates.float().softmax(dim=-1).gather(1, order)
             promises = promises_of(lines, probabilities[:, : table.max_rank], choice)
             line = lines[int(promises.argmax())]

@@ -102,6 +102,11 @@ CPU_OVERRIDES = (
         "slot_mappings)",
     ),
     Hook(
+        f"{_RUNNER}.take_draft_token_ids",
+        "tells the scheduler each block's line",
+        "(self)",
+    ),
+    Hook(
         f"{_RUNNER}._bookkeeping_sync",
         "tokens and logprobs of the walk",
         "(self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens)",
@@ -172,6 +177,11 @@ CPU_OVERRIDES = (
         f"{_SCHEDULER}.update_draft_token_ids",
         "requests whose blocks do not pay go without",
         "(self, draft_token_ids)",
+    ),
+    Hook(
+        f"{_SCHEDULER}.update_draft_token_ids_in_output",
+        "the grammar learns each block's line",
+        "(self, draft_token_ids, scheduler_output)",
     ),
     Hook(
         f"{_STRUCTURED}.grammar_bitmask",

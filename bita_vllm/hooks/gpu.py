@@ -89,6 +89,16 @@ GPU_OVERRIDES = (
         "(self, logits, input_batch, grammar_req_ids, grammar_bitmask)",
     ),
     Hook(
+        f"{_V2}.spec_decode.utils:DraftTokensHandler.set_draft_tokens",
+        "tells the scheduler each block's line",
+        "(self, input_batch, draft_tokens)",
+    ),
+    Hook(
+        f"{_V2}.spec_decode.utils:DraftTokensHandler.get_draft_tokens",
+        "tells the scheduler each block's line",
+        "(self)",
+    ),
+    Hook(
         f"{_V2}.spec_decode.rejection_sampler:get_max_chunk_logits",
         "bounds the logits held at once",
         "(vocab_size)",

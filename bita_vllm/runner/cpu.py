@@ -17,10 +17,9 @@ from bita_kernels import cpu_kernels
 from bita_kernels.add_mask_lora_cpu_naive import pack_mask_lora
 from vllm.config import CompilationMode, VllmConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner, _set_global_compilation_settings
 
-from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.attention.cpu import (
     TreeCPUAttentionBackend,
     TreeCPUAttentionImpl,
@@ -37,12 +36,12 @@ from bita_vllm.runner.cpu_linear import (
 from bita_vllm.runner.cpu_reload import renewed_products
 from bita_vllm.runner.cpu_sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.runner.loading import put_in_adapter, replaced, tree_attention_models
+from bita_vllm.step.block_drafts import BlockDrafts
 from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
 from bita_vllm.step.settings import DrafterSeat, get_settings
 from bita_vllm.tree import NO_BLOCK, TemplateTable
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.ladder import PLAIN_WIDTH
-from bita_vllm.tree.search import acceptance_table
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -83,9 +82,9 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
         self.table = TemplateTable(*settings.templates)
-        adapter = AdapterConfig.load(settings.adapter_dir)
-        acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
-        self.choice = LineChoice(settings.ladder.template_sets, acceptance, torch.device("cpu"))
+        self.choice = LineChoice(
+            settings.ladder.template_sets, settings.acceptance, torch.device("cpu")
+        )
         self.vocab_size = self.model_config.get_vocab_size()
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None
@@ -327,8 +326,6 @@ class BitaCPUModelRunner(CPUModelRunner):
         else:
             upcoming = blocks.next_blocks(walk, templates.max_depth)
         mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
-        # Bitmasks are made for first templates only: `scheduling/grammar.py` knows a tree by its rows.
-        chooses = templates.has_choice and not scheduler_output.has_structured_output_requests
         if blocks is None or not len(mask_rows):
             top_tokens = torch.zeros(0, templates.max_rank, dtype=torch.int64)
             probabilities = torch.zeros(0, templates.max_rank)
@@ -346,7 +343,6 @@ class BitaCPUModelRunner(CPUModelRunner):
             index,
             torch.from_numpy(upcoming.depths),
             torch.from_numpy(upcoming.by_depth(probabilities.numpy())),
-            only_first=not chooses,
         ).numpy()
         drafts = upcoming.fill(self.table, line, top_tokens.numpy(), self.vocab_size)
         # The line is kept in vLLM's state of the request, which ends with the request even in steps without its rows.
@@ -354,3 +350,15 @@ class BitaCPUModelRunner(CPUModelRunner):
         for request_id, own in zip(self.input_batch.req_ids, line.tolist(), strict=True):
             requests[request_id].bita_line = own
         return drafts
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Stock; every block's line goes along."""
+        drafts = super().take_draft_token_ids()
+        if drafts is None:
+            return None
+        requests: dict[str, Any] = self.requests
+        lines = [
+            requests[request_id].bita_line if tokens else NO_BLOCK
+            for request_id, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
+        ]
+        return BlockDrafts(drafts.req_ids, drafts.draft_token_ids, lines)

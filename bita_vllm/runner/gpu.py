@@ -42,7 +42,7 @@ from bita_vllm.attention.plain import flash_attention
 from bita_vllm.attention.workspaces import SharedWorkspaces
 from bita_vllm.runner.delta_layers import in_dtype
 from bita_vllm.runner.gpu_deltas import CountedMaskRows, add_mask_lora_to_blocks
-from bita_vllm.runner.gpu_grammar import NodeGrammar
+from bita_vllm.runner.gpu_grammar import BlockDraftsHandler, NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
 from bita_vllm.runner.gpu_sampling import NodeRows, TreeSampler
 from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of, rows_in_one_pass
@@ -55,7 +55,6 @@ from bita_vllm.runner.loading import (
 from bita_vllm.step.device import StepTrees
 from bita_vllm.step.settings import BitaSettings, get_settings
 from bita_vllm.system.platform import speed_of_first_gpu
-from bita_vllm.tree.search import acceptance_table
 
 
 class BitaGPUWorker(Worker):
@@ -132,10 +131,11 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self.tree_sampler = TreeSampler(self.sampler, trees)
         self.tree_sampler.warm_up()
         self.node_grammar = NodeGrammar(
-            self.structured_outputs_worker, self.settings.ladder.first_templates, self.max_num_reqs
+            self.structured_outputs_worker, trees.most_nodes, self.max_num_reqs
         )
         self.node_grammar.warm_up(self.vocab_size, self.dtype)
         self.speculator.load(self.model, trees, self.vocab_size)
+        self.draft_tokens_handler = BlockDraftsHandler(self.device, trees.line_of_slot)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
         keep_through_sleep(
             self.model,
@@ -171,7 +171,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         state = BitaModelState(vllm_config, model, encoder_cache, device)
         state.trees = StepTrees(
             self.settings.ladder.template_sets,
-            acceptance_table(adapter.config.acceptance, adapter.config.num_mask_tokens),
+            self.settings.acceptance,
             self.max_num_reqs,
             device,
         )
@@ -270,7 +270,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         two columns are the line of each request's block and where its walk stopped (`BlockOutput`).
         """
         trees, n = self.model_state.trees, input_batch.num_reqs
-        self.speculator.constrained, self.speculator.logits = grammar_output is not None, None
+        self.speculator.logits = None
         if input_batch.num_draft_tokens == 0:
             return super().sample(hidden_states, input_batch, grammar_output)
         # New ones for every step, as they travel to the host while the next step runs.

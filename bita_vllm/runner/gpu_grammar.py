@@ -1,11 +1,10 @@
-"""Grammar bitmasks on node rows, by vLLM's own worker-side kernel.
+"""Grammar bitmasks on node rows, by vLLM's own worker-side kernel, and the drafts that the scheduler needs for them.
 
-Source: vllm/v1/worker/gpu/structured_outputs.py.
+Source: vllm/v1/worker/gpu/{structured_outputs,spec_decode/utils}.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 from types import SimpleNamespace
 
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
+from bita_vllm.step.block_drafts import BlockDrafts
 from bita_vllm.step.device import StepTrees
-from bita_vllm.tree import Template
 
 
 class NodeGrammar:
@@ -26,14 +27,12 @@ class NodeGrammar:
     def __init__(
         self,
         worker: StructuredOutputsWorker,
-        # that blocks of requests with a grammar are made from
-        templates: Sequence[Template],
+        # rows that BlockGrammar makes for a request: the most nodes of any tree
+        rows_each: int,
         max_num_reqs: int,
     ) -> None:
         self._worker = copy(worker)  # shares the buffers
-        # As many rows as BlockGrammar makes. Trees that others may take can have more nodes.
-        self._rows_each = max(template.num_nodes for template in templates)
-        self._worker.mask_stride = self._rows_each
+        self._rows_each = self._worker.mask_stride = rows_each
         self._counting = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=worker.device)
 
     def warm_up(self, vocab_size: int, dtype: torch.dtype) -> None:
@@ -89,3 +88,36 @@ class NodeGrammar:
             num_draft_tokens_per_req=np.full(len(request_ids), self._rows_each - 1),
         )
         self._worker.apply_grammar_bitmask(logits, layout, chosen, masks)
+
+
+class BlockDraftsHandler(DraftTokensHandler):
+    """vLLM's copy of the drafts to the host, which it makes where a grammar follows them; lines travel in it."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        # [max_num_reqs] int32, line of the next block of the request in each slot
+        line_of_slot: torch.Tensor,
+    ) -> None:
+        super().__init__(device)
+        self._line_of_slot = line_of_slot
+
+    def set_draft_tokens(
+        self,
+        input_batch: InputBatch,
+        # [B, width] int64
+        draft_tokens: torch.Tensor,
+    ) -> None:
+        """Stock, with each block's line in one more column."""
+        if input_batch.has_structured_output_reqs:
+            lines = self._line_of_slot[input_batch.idx_mapping, None].to(draft_tokens.dtype)
+            draft_tokens = torch.cat([draft_tokens, lines], dim=1)
+        super().set_draft_tokens(input_batch, draft_tokens)
+
+    def get_draft_tokens(self) -> DraftTokenIds | None:
+        """Stock; drafts that were not copied have no lines, as nobody looks at them."""
+        drafts = super().get_draft_tokens()
+        if drafts is None or self.draft_tokens_np is None:
+            return drafts
+        lines = [tokens.pop() for tokens in drafts.draft_token_ids]
+        return BlockDrafts(drafts.req_ids, drafts.draft_token_ids, lines)

@@ -50,15 +50,12 @@ class BlockSpeculator(BaseSpeculator):
 
     Attributes:
         logits: `[rows, V]` of the step's nodes and mask rows, where one pass gave both; None after `propose`.
-        constrained: whether a request of the step has a grammar: bitmasks are made for first templates only
-            (`scheduling/grammar.py`).
     """
 
     draft_logits = None
     supports_mm_inputs = False
     enable_adaptive_verification = False
     logits: torch.Tensor | None = None
-    constrained = False
 
     def __init__(self, max_num_reqs: int, num_drafts: int, device: torch.device) -> None:
         # [max_num_reqs, R-1] the next block of each request of the step, in batch order
@@ -125,7 +122,6 @@ class BlockSpeculator(BaseSpeculator):
             trees.table,
             trees.choice,
             set_index,
-            self.constrained,
             self.ranking,
             self.draft_tokens[part],
             trees.line_of_slot,

@@ -8,15 +8,16 @@ Source: vllm/v1/structured_output/__init__.py, Scheduler.get_grammar_bitmask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from bita_vllm.step.block_drafts import BlockDrafts
 from bita_vllm.tree import TemplateTable
 
 if TYPE_CHECKING:
+    from vllm.v1.outputs import DraftTokenIds
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
@@ -24,29 +25,31 @@ if TYPE_CHECKING:
 class BlockGrammar:
     """The scheduler's StructuredOutputManager: it answers for blocks, and passes all other calls on to vLLM's."""
 
-    def __init__(
-        self,
-        manager: StructuredOutputManager,
-        # of every template that their blocks are made from
-        tables: Sequence[TemplateTable],
-        first_mask_id: int,
-    ) -> None:
-        self._manager, self._tables, self._first_mask_id = manager, tables, first_mask_id
-        self._rows_each = max(table.template.num_nodes for table in tables)
+    def __init__(self, manager: StructuredOutputManager, table: TemplateTable) -> None:
+        self._manager, self._table = manager, table
+        self._lines: dict[str, int] = {}
         # a request's drafts before the scheduler cuts them, and the parent row of each node
         self._blocks: WeakKeyDictionary[Request, tuple[list[int], np.ndarray]] = WeakKeyDictionary()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
+    def take_lines(self, drafts: DraftTokenIds) -> None:
+        """Remember which blocks these drafts fill; the scheduler hands them to `validate_tokens` next."""
+        lines = drafts.lines if isinstance(drafts, BlockDrafts) else []
+        self._lines = dict(zip(drafts.req_ids, lines, strict=False))
+
     def validate_tokens(self, request: Request, tokens: list[int]) -> list[int]:
         """Return the drafts unchanged if the shape of their tree is known, else none of them."""
         if not request.use_structured_output:
             return tokens
-        parents = self._parents(tokens)
-        if parents is None:
+        line = self._lines.get(request.request_id)
+        if line is None or not tokens:
             return []
-        self._blocks[request] = list(tokens), parents
+        self._blocks[request] = (
+            list(tokens),
+            self._table.parent[line, : self._table.num_nodes[line]],
+        )
         return tokens
 
     def grammar_bitmask(
@@ -70,9 +73,9 @@ class BlockGrammar:
                 filled = self._manager.grammar_bitmask(requests, [request_id], chain)
                 assert filled is not None
                 if masks is None:
-                    rows = len(request_ids) * self._rows_each
+                    rows = len(request_ids) * self._table.max_nodes
                     masks = np.full((rows, filled.shape[1]), -1, dtype=np.int32)
-                first = index * self._rows_each
+                first = index * self._table.max_nodes
                 masks[[first, *(first + row for row in path)]] = filled[: len(path) + 1]
         return masks
 
@@ -97,38 +100,3 @@ class BlockGrammar:
             for path in accepted
             if not any(path == other[: len(path)] for other in accepted if other != path)
         ]
-
-    def _parents(self, tokens: list[int]) -> np.ndarray | None:
-        """Return the parent row of the root and each node, or None if several templates fit and differ.
-
-        The first mask id ends the nodes. A block that was cut before it may fit several lines.
-        """
-        if not tokens or min(tokens) < 0:
-            return None
-        is_mask = (i for i, token in enumerate(tokens) if token >= self._first_mask_id)
-        num_nodes = next(is_mask, None)
-        rows = len(tokens) + 1
-        fitting = [
-            (table, line)
-            for table in self._tables
-            for line in range(len(table.num_nodes))
-            if table.template.num_rows >= rows
-            and (
-                table.num_nodes[line] == num_nodes + 1
-                if num_nodes is not None
-                else table.num_nodes[line] >= rows
-            )
-        ]
-        # A block that was not cut is as long as its line, or padded to its template.
-        whole = [
-            (table, line)
-            for table, line in fitting
-            if rows in (table.num_rows[line], table.template.num_rows)
-        ]
-        found = [
-            table.parent[line, : min(table.num_nodes[line], rows)]
-            for table, line in whole or fitting
-        ]
-        if found and all(np.array_equal(parents, found[0]) for parents in found):
-            return found[0]
-        return None

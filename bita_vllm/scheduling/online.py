@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.scheduling.accounts import Accounts
 from bita_vllm.scheduling.promise import Promise
 from bita_vllm.scheduling.seen_cost import SeenCost
@@ -28,7 +27,7 @@ from bita_vllm.tree.ladder_search import (
     step_seconds,
 )
 from bita_vllm.tree.markov import reach_by_depths
-from bita_vllm.tree.search import Draft, acceptance_table, evaluate, padded_drafts, scaled
+from bita_vllm.tree.search import Draft, evaluate, padded_drafts, scaled
 from bita_vllm.tree.step_cost import MeasuredCost, StepCost
 from bita_vllm.tree.template_set import TemplateSet, templates_of
 
@@ -317,7 +316,8 @@ def lines_of(templates: TemplateSet) -> int:
 
 def policy_of(
     ladder: Ladder,
-    adapter_dir: str,
+    # [ages, 2, k, ranks] the adapter's
+    acceptance: np.ndarray,
     max_num_seqs: int,
     padded: bool,
     most_requests: Mapping[int, int] | None = None,
@@ -327,8 +327,6 @@ def policy_of(
     if ladder.is_fixed or not points:
         return None
     cost = MeasuredCost(points)
-    adapter = AdapterConfig.load(adapter_dir)
-    acceptance = acceptance_table(adapter.acceptance, adapter.num_mask_tokens)
     acceptance = scaled(acceptance, ladder.provenance.get("acceptance_reached", 1.0))
     return WidthPolicy(
         ladder,

@@ -1,7 +1,8 @@
 """vLLM's scheduler with speculative statistics in tree depths, and with widths that follow the load.
 
 To the scheduler a step block is R-1 draft tokens. To a user a draft is as long as the tree is deep.
-Source: Scheduler.schedule, add_request, update_from_output, update_draft_token_ids, make_spec_decoding_stats
+Source: Scheduler.schedule, add_request, update_from_output, update_draft_token_ids,
+update_draft_token_ids_in_output, make_spec_decoding_stats
 (vllm/v1/core/sched/scheduler.py).
 """
 
@@ -47,16 +48,13 @@ class _BlockScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        # The runners see to it that requests with a grammar have blocks of these only.
-        tables = [TemplateTable(template) for template in settings.ladder.first_templates]
         stacked = TemplateTable(*settings.templates)
         self._depth_of_line = depth_of_line(stacked)
         self._depth_offered = depth_offered(TemplateTable(settings.template))
         self._max_depth = settings.max_depth
         manager: Any = self.structured_output_manager  # type: ignore[has-type]
-        self.structured_output_manager = BlockGrammar(  # type: ignore[assignment]
-            manager, tables, self.vllm_config.model_config.get_vocab_size()
-        )
+        self._grammar = BlockGrammar(manager, stacked)
+        self.structured_output_manager = self._grammar  # type: ignore[assignment]
         max_num_seqs = self.scheduler_config.max_num_seqs
         self._widths = settings.ladder.widths
         self._table: list[int] = []  # the last table that was asked for
@@ -67,7 +65,7 @@ class _BlockScheduler(Scheduler):
             self._use_table(settings.ladder.lookup(max_num_seqs).tolist())
         self._policy = policy_of(
             settings.ladder,
-            settings.adapter_dir,
+            settings.acceptance,
             max_num_seqs,
             padded=platform.on_gpu(),
             most_requests=most_requests(self.vllm_config) if platform.on_gpu() else None,
@@ -180,10 +178,18 @@ class _BlockScheduler(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Stock; requests whose blocks do not pay go without: one row, from which the runner goes on."""
+        self._grammar.take_lines(draft_token_ids)
         super().update_draft_token_ids(draft_token_ids)
         for request_id in () if self._policy is None else self._policy.resting:
             if (request := self.requests.get(request_id)) is not None:
                 request.spec_token_ids = []
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        """Stock; the grammar knows the blocks' trees."""
+        self._grammar.take_lines(draft_token_ids)
+        super().update_draft_token_ids_in_output(draft_token_ids, scheduler_output)
 
     def make_spec_decoding_stats(
         self,

@@ -9,9 +9,10 @@ to (vllm/config/{speculative,vllm}.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import InstanceOf
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
@@ -45,6 +46,7 @@ class BitaSettings:
         num_speculative_tokens: R-1 of the largest template, what vLLM's scheduler counts as draft tokens.
         ladder: the step blocks, and which of them a step uses; of one template unless there is a ladder.
         num_mask_tokens: k of the adapter; mask ids are V to V+k-1.
+        acceptance: `[ages, 2, k, ranks]` the adapter's statistics, as `tree.search.acceptance_table` makes them.
         mask_lora: rank and modules of the adapter's low-rank deltas, if it has any.
     """
 
@@ -53,6 +55,7 @@ class BitaSettings:
     num_speculative_tokens: int
     ladder: Ladder
     num_mask_tokens: int
+    acceptance: np.ndarray = field(compare=False, repr=False)
     mask_lora: tuple[int, tuple[str, ...]] | None = None
 
     @property

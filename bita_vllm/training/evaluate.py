@@ -175,7 +175,7 @@ def template_choice(
         known = np.zeros((1, templates.max_depth, given.shape[2]), dtype=np.float32)
         known[0, : len(sources)] = given[tuple(zip(*sources, strict=True))]
         depths = torch.tensor([len(sources)])
-        line = int(choice(0, depths, torch.from_numpy(known), only_first=False))
+        line = int(choice(0, depths, torch.from_numpy(known)))
         return int(table.template_of(line))
 
     return choose

@@ -92,11 +92,10 @@ class LineChoice:
         # [B, depths of the set or more, its ranks or more] P(candidate of rank r at depth d+1); anything
         # where there are none
         probabilities: torch.Tensor,
-        only_first: bool,
     ) -> torch.Tensor:
         """`[B]` int64, line of the table for each request's next block: one of set `index`, or of its first."""
         lines = self.lines[index][depths.long()]  # [B, templates]
-        if only_first:
+        if self.num_templates[index] == 1:
             return lines[:, 0]
         flat = probabilities.flatten(1)[:, None].expand(-1, lines.shape[1], -1)
         place = self.place[lines] * probabilities.shape[2] + self.rank[lines]

@@ -160,11 +160,6 @@ class Ladder:
         """The largest template: what memory and token budgets are sized for."""
         return self.template_sets[-1].first
 
-    @property
-    def first_templates(self) -> tuple[Template, ...]:
-        """Every set's first template: what the blocks of requests with a grammar are made from."""
-        return tuple(one.first for one in self.template_sets)
-
     def lookup(self, max_batch_size: int) -> np.ndarray:
         """`[max_batch_size + 1]` int32, width by batch size; entry 0 stands for no request."""
         table = np.full(max_batch_size + 1, PLAIN_WIDTH, dtype=np.int32)

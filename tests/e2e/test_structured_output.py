@@ -117,7 +117,7 @@ def test_output_equals_plain_vllm(case, launched_rows, drafts, trees, tmp_path):
         assert ours.outputs[0].finish_reason == theirs.outputs[0].finish_reason
     first_lines = TREES[trees].first.max_depth + 1
     lines = {step.line for step in steps if step.request.split("-")[0] != outputs[-1].request_id}
-    assert max(lines) < first_lines, "a block with a grammar took a tree that bitmasks are not for"
+    assert max(lines) >= first_lines, "no block with a grammar chose its tree"
     lengths = [len(step.tokens) for step in steps if step.line > 0]
     print(f"{len(lengths)} blocks with candidates, {sum(lengths)} tokens")
     assert sum(lengths) > len(lengths) or drafts != "oracle"

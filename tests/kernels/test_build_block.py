@@ -62,7 +62,6 @@ def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **othe
         "table": table,
         "choice": choice,
         "set_index": 0,
-        "only_first": False,
         "ranking": ranking,
         "draft_tokens": torch.full((len(depths), table.num_rows - 1), POISON, dtype=token_dtype),
         "line_of_slot": torch.full((len(depths) + 1,), POISON, dtype=torch.int32),
@@ -125,9 +124,8 @@ SETS = (
 
 
 @pytest.mark.parametrize("set_index", [0, 1])
-@pytest.mark.parametrize("only_first", [False, True], ids=["choice", "first"])
 @pytest.mark.parametrize("seed", range(6))
-def test_trees_are_those_that_the_cpu_runner_chooses(seed, only_first, set_index):
+def test_trees_are_those_that_the_cpu_runner_chooses(seed, set_index):
     generator = np.random.default_rng(seed)
     table, choice = (
         TemplateTable(*templates_of(SETS)),
@@ -144,15 +142,13 @@ def test_trees_are_those_that_the_cpu_runner_chooses(seed, only_first, set_index
     top = own.topk(SETS[set_index].max_rank, dim=-1)
     probabilities = probabilities_of(top.values, own)
     usable = torch.from_numpy(np.minimum(depths, SETS[set_index].max_depth))
-    line = choice(set_index, usable, probabilities, only_first).numpy()
+    line = choice(set_index, usable, probabilities).numpy()
     upcoming = NextBlocks(depths=depths, mask_rows=np.where(has, logits_rows, -1))
     want = padded(
         upcoming.fill(table, line, top.indices.numpy()[has], 1000), table.template.num_rows
     )
     for function in (build_block, build_block_naive):
-        given_ = arguments(
-            SETS, logits, logits_rows, depths, set_index=set_index, only_first=only_first
-        )
+        given_ = arguments(SETS, logits, logits_rows, depths, set_index=set_index)
         function(**given_)
         assert given_["line_of_slot"].tolist() == [*line[::-1], POISON], function.__name__
         assert given_["draft_tokens"].tolist() == want, function.__name__

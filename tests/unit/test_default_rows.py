@@ -14,6 +14,7 @@ from bita_vllm.adapter.model_size import ModelSize
 from bita_vllm.scheduling.default_rows import GPU_BUDGETS, UNKNOWN_GPU, Machine, default_ladder
 from bita_vllm.scheduling.online import policy_of
 from bita_vllm.system.machine import DeviceSpeed, gpu_speed
+from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tree.step_cost import Roofline
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
@@ -106,8 +107,10 @@ def test_on_a_cpu_one_request_has_a_block_where_rows_are_cheap(adapter):
 
 def test_what_is_seen_corrects_the_table_but_never_beyond_the_knee():
     folder = ADAPTERS / NAMES[0]
-    ladder = default_ladder(AdapterConfig.load(folder), on_gpu(SPEEDS["H100"]), LLAMA_8B)
-    policy = policy_of(ladder, str(folder), MOST, padded=True)
+    config = AdapterConfig.load(folder)
+    ladder = default_ladder(config, on_gpu(SPEEDS["H100"]), LLAMA_8B)
+    acceptance = acceptance_table(config.acceptance, config.num_mask_tokens)
+    policy = policy_of(ladder, acceptance, MOST, padded=True)
     assert policy.lookup == ladder.lookup(MOST).tolist()
     now = policy._reviewed
     for _ in range(200):  # blocks that cost nothing on top

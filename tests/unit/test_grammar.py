@@ -5,10 +5,12 @@ import pytest
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from bita_vllm.scheduling.grammar import BlockGrammar
+from bita_vllm.step.block_drafts import BlockDrafts
 from bita_vllm.tree import Template, TemplateTable
 
 VOCAB_SIZE = 512
@@ -18,6 +20,7 @@ TABLES = {
     "missing-groups": TemplateTable(
         Template.build([(0, 0), (0, 1), (1, 0), (3, 0), (2, 2)], {0: 3, 1: 1, 3: 2})
     ),
+    "a-set": TemplateTable(Template.from_widths([2, 2], 2), Template.from_widths([1, 1], 3)),
 }
 
 
@@ -79,7 +82,7 @@ def block_of(table, line, rng, tokens):
 def test_bitmask_of_a_node_is_that_of_its_path(vllm_config, monkeypatch, name, reasons):
     table, rng = TABLES[name], np.random.default_rng(0)
     manager = make_manager(vllm_config, reasons, monkeypatch)
-    blocks = BlockGrammar(manager, [table], VOCAB_SIZE)
+    blocks = BlockGrammar(manager, table)
     encode = manager.tokenizer.encode
     # tokens that the grammar may take, the end of the output, one that it never takes
     tokens = [*encode("ab"), *encode("ac"), *encode("ef"), *map(encode, "abcdef"), 1, 70]
@@ -89,11 +92,12 @@ def test_bitmask_of_a_node_is_that_of_its_path(vllm_config, monkeypatch, name, r
         line = trial % len(table.num_rows)
         request = make_request(manager)
         drafts = block_of(table, line, rng, tokens)
+        blocks.take_lines(BlockDrafts(["a"], [list(drafts)], [line]))
         kept = blocks.validate_tokens(request, list(drafts))
         assert kept == drafts
         cut = kept[: rng.integers(1, len(kept) + 1)] if trial % 3 == 2 else kept
         masks = blocks.grammar_bitmask({"a": request}, ["a"], {"a": cut}).copy()
-        assert masks.shape == (table.template.num_nodes, VOCAB_SIZE // 32)
+        assert masks.shape == (table.max_nodes, VOCAB_SIZE // 32)
         for node in range(min(table.num_nodes[line], len(cut) + 1)):
             path = [node]
             while path[0] > 0:
@@ -110,21 +114,23 @@ def test_bitmask_of_a_node_is_that_of_its_path(vllm_config, monkeypatch, name, r
 
 
 def test_unknown_drafts_leave_the_root_only(vllm_config, monkeypatch):
-    """Placeholders, or a block cut where two lines could go on differently."""
+    """Placeholders, or drafts that come without their line."""
     table = TABLES["missing-groups"]
     manager = make_manager(vllm_config, False, monkeypatch)
-    blocks = BlockGrammar(manager, [table], VOCAB_SIZE)
+    blocks = BlockGrammar(manager, table)
     request = make_request(manager)
+    blocks.take_lines(BlockDrafts(["a"], [[4, 5, 6, 7]], [len(table.num_rows) - 1]))
+    assert blocks.validate_tokens(request, [4, 5, 6]) == [4, 5, 6]  # cut by the scheduler
+    blocks.take_lines(DraftTokenIds(["a"], [[-1] * 10]))
     assert blocks.validate_tokens(request, [-1] * 10) == []
-    assert blocks.validate_tokens(request, [4, 5, 6, 7]) == []  # 7 hangs under 5 or under 6
-    assert blocks.validate_tokens(request, [4, 5, 6]) == [4, 5, 6]
+    assert blocks.validate_tokens(request, [4, 5, 6, 7]) == []
     masks = blocks.grammar_bitmask({"a": request}, ["a"], {"a": [-1] * 10}).copy()
     assert (masks[0] != -1).any() and (masks[1:] == -1).all()
 
 
 def test_request_without_structure_is_left_alone(vllm_config, monkeypatch):
     manager = make_manager(vllm_config, False, monkeypatch)
-    blocks = BlockGrammar(manager, [TABLES["4-3-2"]], VOCAB_SIZE)
+    blocks = BlockGrammar(manager, TABLES["4-3-2"])
     request = Request("b", [5], SamplingParams(), None)
     assert blocks.validate_tokens(request, [-1, -1]) == [-1, -1]
     assert blocks.tokenizer is manager.tokenizer

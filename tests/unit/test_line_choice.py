@@ -62,7 +62,7 @@ def test_the_line_promises_most(seed):
     probabilities = np.ascontiguousarray(probabilities[..., :RANKS], dtype=np.float32)
     given = probabilities.copy()
     given[np.arange(deepest) >= depths[:, None]] = np.nan  # no candidates: anything may stand there
-    lines = CHOICE(index, torch.from_numpy(depths), torch.from_numpy(given), only_first=False)
+    lines = CHOICE(index, torch.from_numpy(depths), torch.from_numpy(given))
     first = len(SETS[0].templates) * index
     for request, line in enumerate(lines.tolist()):
         promised = [
@@ -81,14 +81,15 @@ def test_sure_masks_get_a_deep_tree_and_unsure_ones_a_broad_one():
     sure[..., 0] = 0.95
     unsure = torch.full((1, 3, RANKS), 0.1)
     depths = torch.tensor([3, 3])
-    deep, broad = CHOICE(0, depths, torch.cat([sure, unsure]), only_first=False).tolist()
+    deep, broad = CHOICE(0, depths, torch.cat([sure, unsure])).tolist()
     assert deep == TABLE.first_line[1] + 3
     assert broad == TABLE.first_line[0] + 2
 
 
-def test_only_the_first_template_where_no_choice_is_wanted():
+def test_a_set_of_one_has_no_choice():
     depths = torch.tensor([0, 1, 2, 3])
-    lines = CHOICE(0, depths, torch.full((4, 3, RANKS), torch.nan), only_first=True)
+    only = LineChoice([TemplateSet((BROAD,)), SETS[1]], ACCEPTANCE, torch.device("cpu"))
+    lines = only(0, depths, torch.full((4, 3, RANKS), torch.nan))
     assert lines.tolist() == [0, 1, 2, 2]  # BROAD is two deep
 
 

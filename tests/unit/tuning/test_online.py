@@ -2,7 +2,6 @@
 
 import math
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,15 +300,15 @@ def test_a_step_without_requests_says_nothing():
 def test_ladders_without_measured_cost_stay_as_they_are():
     template = Template.from_widths([2, 1], 3)
     points = {"step_seconds": [[1, 1, 1.0], [1, 4, 1.1]]}
-    adapter = str(Path(__file__).parents[3] / "adapters" / "smollm2-135m-instruct")
-    assert policy_of(Ladder.fixed(template), adapter, 8, padded=False) is None
+    acceptance = acceptance_table(None, 3)
+    assert policy_of(Ladder.fixed(template), acceptance, 8, padded=False) is None
     alone, width = sets_of_one([template]), template.num_rows - 1
     ranges = [(1, 2, width), (3, 8, 0)]
-    assert policy_of(Ladder(alone, ranges), adapter, 8, False) is None
-    policy = policy_of(Ladder(alone, ranges, points), adapter, 8, False)
+    assert policy_of(Ladder(alone, ranges), acceptance, 8, False) is None
+    policy = policy_of(Ladder(alone, ranges, points), acceptance, 8, False)
     assert policy
     half = policy_of(
-        Ladder(alone, ranges, {**points, "acceptance_reached": 0.5}), adapter, 8, False
+        Ladder(alone, ranges, {**points, "acceptance_reached": 0.5}), acceptance, 8, False
     )
     assert np.allclose(half.acceptance.expected, policy.acceptance.expected / 2)
 
