@@ -27,8 +27,8 @@ from kernel_providers import attention_config, with_our_arguments
 
 from bita_vllm.tree import Template, TemplateTable
 from bita_vllm.tree.choice import LineChoice
+from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.search import acceptance_table
-from bita_vllm.tree.template_set import sets_of_one, templates_of
 
 REQUESTS, VOCAB_SIZE = 3, 1000
 TREES = ([1], [2, 1], [5, 4, 3])
@@ -200,9 +200,9 @@ def blocks(device: torch.device) -> Iterator[Check]:
     """Candidates from a vocabulary that no chunk divides; ranking and choice of the tree included."""
     acceptance = acceptance_table(None, 3)
     for widths in TREES:
-        sets = sets_of_one([Template.from_widths(widths, 3)])
-        table = TreeTable.of(TemplateTable(*templates_of(sets)), device)
-        choice = ChoiceTable.of(LineChoice(sets, acceptance, device), table.max_rank, device)
+        ladder = Ladder.fixed(Template.from_widths(widths, 3))
+        table = TreeTable.of(ladder.table, device)
+        choice = ChoiceTable.of(LineChoice(ladder, acceptance, device), table.max_rank, device)
         logits = torch.randn(9, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 
         def arguments(

@@ -89,7 +89,7 @@ def build_speculative_config(
     settings = BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,
-        num_speculative_tokens=ladder.widest.num_rows - 1,
+        num_speculative_tokens=ladder.widest.width,
         ladder=ladder,
         num_mask_tokens=adapter_config.num_mask_tokens,
         acceptance=acceptance_table(adapter_config.acceptance, adapter_config.num_mask_tokens),

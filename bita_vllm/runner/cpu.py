@@ -39,7 +39,7 @@ from bita_vllm.runner.loading import put_in_adapter, replaced, tree_attention_mo
 from bita_vllm.step.block_drafts import BlockDrafts
 from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
 from bita_vllm.step.settings import DrafterSeat, get_settings
-from bita_vllm.tree import NO_BLOCK, TemplateTable
+from bita_vllm.tree import NO_BLOCK
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.ladder import PLAIN_WIDTH
 
@@ -81,10 +81,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.drafter = DrafterSeat(vllm_config)
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
-        self.table = TemplateTable(*settings.templates)
-        self.choice = LineChoice(
-            settings.ladder.template_sets, settings.acceptance, torch.device("cpu")
-        )
+        self.table = settings.ladder.table
+        self.choice = LineChoice(settings.ladder, settings.acceptance, torch.device("cpu"))
         self.vocab_size = self.model_config.get_vocab_size()
         self._blocks: StepBlocks | None = None
         self._walk: Walk | None = None

@@ -170,7 +170,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         )
         state = BitaModelState(vllm_config, model, encoder_cache, device)
         state.trees = StepTrees(
-            self.settings.ladder.template_sets,
+            self.settings.ladder,
             self.settings.acceptance,
             self.max_num_reqs,
             device,

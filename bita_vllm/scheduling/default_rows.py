@@ -132,7 +132,7 @@ def default_ladder(
     )
     # Where the prediction turns on a hair more requests do not get more rows again.
     widths = np.minimum.accumulate(chosen.lookup(most_requests)[1:]).tolist()
-    used = [one for one in chosen.template_sets if one.first.num_rows - 1 in widths]
+    used = [one for one in chosen.template_sets if one.first.width in widths]
     ladder = Ladder(used or chosen.template_sets, ranges_of(widths), provenance)
     logger.info(
         "bita: no ladder for this machine; rows by load from %s: %s. 'bita tune' measures it.",

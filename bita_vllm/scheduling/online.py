@@ -27,7 +27,8 @@ from bita_vllm.tree.ladder_search import (
     step_seconds,
 )
 from bita_vllm.tree.markov import reach_by_depths
-from bita_vllm.tree.search import Draft, evaluate, padded_drafts, scaled
+from bita_vllm.tree.search import evaluate, scaled
+from bita_vllm.tree.shape import TreeBatch
 from bita_vllm.tree.step_cost import MeasuredCost, StepCost
 from bita_vllm.tree.template_set import TemplateSet, templates_of
 
@@ -52,13 +53,12 @@ class Acceptance:
 
     def __init__(
         self,
-        sets: Sequence[TemplateSet],
+        ladder: Ladder,
         # [ages, 2, k, ranks]
         expected: np.ndarray,
     ) -> None:
         self.expected = expected
-        templates = templates_of(sets)
-        table = TemplateTable(*templates)
+        sets, table = ladder.template_sets, ladder.table
         num_nodes = table.max_nodes
         self._stops = np.zeros((len(table.num_nodes), num_nodes))  # blocks by line and last node
         self._parent = table.parent[:, :num_nodes]
@@ -67,9 +67,9 @@ class Acceptance:
         self._line, self._node = np.nonzero(is_draft)
         self._depth = table.depth[self._line, self._node] - 1  # of the prediction: 0 is the first
         self._rank = table.rank[self._line, self._node]
-        self._chance = self._expected_chance(templates, table)
+        self._chance = self._expected_chance(templates_of(sets), table)
         # Where blocks choose their tree, its nodes are accepted more often than on the whole.
-        lengths = evaluate([Draft.of(one.first) for one in sets], expected).accepted_length
+        lengths = evaluate([one.first.shape for one in sets], expected).accepted_length
         gains = np.array([one.gain for one in sets])
         lift = 1 + lengths * (gains - 1) / np.maximum(lengths - 1, 1e-9)
         set_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
@@ -80,8 +80,7 @@ class Acceptance:
         reach = np.full(self._stops.shape, np.nan)
         for template, first in zip(templates, table.first_line.tolist(), strict=True):
             # Node rows keep their order in a restricted template, but not their numbers.
-            draft = padded_drafts([Draft.of(template)], template.num_nodes)
-            whole = reach_by_depths(draft, self.expected)[0]
+            whole = reach_by_depths(TreeBatch.of([template.shape]), self.expected)[0]
             for depths in range(template.max_depth + 1):
                 kept = np.flatnonzero(template.depth[: template.num_nodes] <= depths)
                 reach[first + depths, : len(kept)] = whole[depths, kept]
@@ -170,7 +169,7 @@ class WidthPolicy:
         named = {width for *_, width in ladder.batch_sizes}
         usable = np.array([width in named for width in ladder.widths])
         self._plain_is_usable = PLAIN_WIDTH in named or not padded
-        self._drafts = [Draft.of(one.first) for one in sets]
+        self._drafts = [one.first.shape for one in sets]
         self._gains = np.array([one.gain for one in sets])  # by choosing among the trees of a width
         self._table: list[int] = ladder.lookup(max_num_seqs).tolist()
         self._no_drafts = [PLAIN_WIDTH] * len(self._table)
@@ -184,14 +183,14 @@ class WidthPolicy:
         may_have = [np.array(sizes) <= bounds.get(width, max_num_seqs) for width in ladder.widths]
         # [T, N] whether a batch size may have the template
         self._usable = usable[:, None] & (np.outer(rows, sizes) <= most_rows) & np.array(may_have)
-        self.acceptance = Acceptance(sets, acceptance)
+        self.acceptance = Acceptance(ladder, acceptance)
         expected = np.vstack(step_seconds(cost, rows, sizes, context))
         self.cost = SeenCost(expected)
         self._promise = Promise(run.accepted_length * self._gains, expected)
         self.broken_promise: str | None = None  # of the last review, a sentence for the log
         self._template_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
         self._rows = rows
-        self._accounts = None if padded else Accounts(TemplateTable(*templates_of(sets)))
+        self._accounts = None if padded else Accounts(ladder.table)
         self._set_prices(self.cost.expected)
         self._reviewed = time.monotonic() if now is None else now
 

@@ -122,9 +122,9 @@ def _choose_template(
             f"Speculative option 'tree' is {tree!r}: it is neither 'auto', nor widths per depth such as '5,4,3', "
             "nor an existing template file."
         )
-    if budget is not None and budget < template.num_rows - 1:
+    if budget is not None and budget < template.width:
         raise ConfigError(
-            f"num_speculative_tokens is {budget}, but tree {tree!r} needs {template.num_rows - 1} "
+            f"num_speculative_tokens is {budget}, but tree {tree!r} needs {template.width} "
             "(its rows less the root); raise it, leave it out, or give a smaller tree."
         )
     return tree, template

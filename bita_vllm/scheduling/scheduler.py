@@ -48,12 +48,11 @@ class _BlockScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         settings = get_settings(self.vllm_config)
         assert settings is not None
-        stacked = TemplateTable(*settings.templates)
-        self._depth_of_line = depth_of_line(stacked)
+        self._depth_of_line = depth_of_line(settings.ladder.table)
         self._depth_offered = depth_offered(TemplateTable(settings.template))
         self._max_depth = settings.max_depth
         manager: Any = self.structured_output_manager  # type: ignore[has-type]
-        self._grammar = BlockGrammar(manager, stacked)
+        self._grammar = BlockGrammar(manager, settings.ladder.table)
         self.structured_output_manager = self._grammar  # type: ignore[assignment]
         max_num_seqs = self.scheduler_config.max_num_seqs
         self._widths = settings.ladder.widths

@@ -5,8 +5,6 @@ Persistent buffers: a CUDA graph reads `line` at replay, whatever request sits w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from bita_kernels.accept_tree import accept_tree
@@ -16,9 +14,9 @@ from bita_kernels.tree_table import TreeTable
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from bita_vllm.step.mask_rows import MaskRows
-from bita_vllm.tree import TemplateTable
 from bita_vllm.tree.choice import LineChoice
-from bita_vllm.tree.template_set import TemplateSet, templates_of
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import TemplateSet
 
 
 class StepTrees:
@@ -46,7 +44,7 @@ class StepTrees:
 
     def __init__(
         self,
-        sets: Sequence[TemplateSet],
+        ladder: Ladder,
         # [ages, 2, k, ranks] the adapter's
         acceptance: np.ndarray,
         max_num_reqs: int,
@@ -55,13 +53,12 @@ class StepTrees:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
-        self.table = table = TreeTable.of(TemplateTable(*templates_of(sets)), device)
-        choice = LineChoice(sets, acceptance, torch.device("cpu"))
+        self.table = table = TreeTable.of(ladder.table, device)
+        choice = LineChoice(ladder, acceptance, torch.device("cpu"))
         self.choice = ChoiceTable.of(choice, table.max_rank, device)
-        # by the number of draft tokens, as vLLM counts a width
-        self._set_of_width = {one.first.num_rows - 1: i for i, one in enumerate(sets)}
+        self._set_of_width = {width: i for i, width in enumerate(ladder.widths)}
         # [sets, 2] most nodes, and most mask rows, of a set's templates
-        self._sizes = np.array([_most_nodes_and_masks(one) for one in sets])
+        self._sizes = np.array([_most_nodes_and_masks(one) for one in ladder.template_sets])
         self.nodes_of_sets: list[int] = self._sizes[:, 0].tolist()
         self.most_nodes, self.most_masks = self._sizes.max(axis=0).tolist()
         self.line_of_slot = buffer()

@@ -22,8 +22,9 @@ from bita_vllm.adapter.config import CONFIG_FILE, AdapterConfig, AdapterError
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample
-from bita_vllm.tree import Template, TemplateError, TemplateTable
+from bita_vllm.tree import Template, TemplateError
 from bita_vllm.tree.choice import LineChoice
+from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.replay import NO_RANK, Sources, TreeWalker
 from bita_vllm.tree.template_set import TemplateSet, set_within
 
@@ -165,8 +166,8 @@ def template_choice(
     acceptance: np.ndarray,
 ) -> Callable[[np.ndarray, Sources], int]:
     """(an answer's probabilities, a step's sources) -> which template of the set the engine takes."""
-    choice = LineChoice([templates], acceptance, torch.device("cpu"))
-    table = TemplateTable(*templates.templates)
+    ladder = Ladder.fixed(templates)
+    choice = LineChoice(ladder, acceptance, torch.device("cpu"))
 
     def choose(given: np.ndarray, sources: Sources) -> int:
         sources = sources[: templates.max_depth]
@@ -176,7 +177,7 @@ def template_choice(
         known[0, : len(sources)] = given[tuple(zip(*sources, strict=True))]
         depths = torch.tensor([len(sources)])
         line = int(choice(0, depths, torch.from_numpy(known)))
-        return int(table.template_of(line))
+        return int(ladder.table.template_of(line))
 
     return choose
 

@@ -16,7 +16,8 @@ from bita_vllm.training.evaluate import Predictions, accepted_lengths, chosen_le
 from bita_vllm.tree import Template
 from bita_vllm.tree.markov import promise_weight, state_values
 from bita_vllm.tree.replay import Sources, TreeWalker
-from bita_vllm.tree.search import Draft, acceptance_table, best_templates, padded_drafts
+from bita_vllm.tree.search import acceptance_table, best_templates
+from bita_vllm.tree.shape import TreeBatch, TreeShape
 from bita_vllm.tree.template_set import TemplateSet
 
 MIN_TOKENS = 4000  # of answers
@@ -56,14 +57,14 @@ def find_set(
     """The set that begins with `first`, with its gain on the answers that the predictions are of."""
     rng = np.random.default_rng(seed)
     blocks = recorded_blocks(first, predictions, rng)
-    start = Draft.of(first)
-    value = state_values(padded_drafts([start], len(start.parent)), acceptance)
-    found = [start]
+    num_masks, num_ranks = acceptance.shape[2:]
+    value = state_values(TreeBatch.of([first.shape]), acceptance)
+    found = [first.shape]
     best = promises(found, blocks, value, acceptance)[0]
     while len(found) < num_templates and len(best):
         promise, origins = best, found
         for _ in range(MAX_ROUNDS):
-            moved = _moved(origins, first.num_rows, acceptance.shape[2:], rng)
+            moved = _moved(origins, first.num_rows, num_masks, num_ranks, rng)
             scores = promises(moved, blocks, value, acceptance)
             total = np.maximum(scores, best).mean(axis=1)
             winner = int(total.argmax())
@@ -74,7 +75,7 @@ def find_set(
             break
         found += origins
         best = np.maximum(promise, best)
-    templates = (first, *(draft.template() for draft in found[1:]))
+    templates = (first, *map(Template.of_shape, found[1:]))
     alone = _mean(accepted_lengths(first, predictions.ranks))
     together = _mean(chosen_lengths(TemplateSet(templates), acceptance, predictions))
     if together < MIN_LENGTH_GAIN * alone:
@@ -110,7 +111,7 @@ def recorded_blocks(
 
 
 def promises(
-    drafts: Sequence[Draft],
+    shapes: Sequence[TreeShape],
     # [depths + 1, ranks + 1, N]
     blocks: np.ndarray,
     # [2**k]
@@ -118,32 +119,35 @@ def promises(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> np.ndarray:
-    """`[C, N]` tokens that each draft promises in each block, now and later."""
-    num_nodes = max(len(draft.parent) for draft in drafts)
-    padded = padded_drafts(drafts, num_nodes)
-    depth, weight = padded.depth(), promise_weight(padded, value, acceptance)
-    rank = np.where(padded.rank >= 0, padded.rank, blocks.shape[1] - 1)
-    line = np.arange(len(drafts))
-    reach = np.zeros((num_nodes, len(drafts), blocks.shape[2]), dtype=np.float32)
+    """`[C, N]` tokens that each tree promises in each block, now and later."""
+    trees = TreeBatch.of(shapes)
+    num_trees, num_nodes = trees.parent.shape
+    depth, weight = trees.depth(), promise_weight(trees, value, acceptance)
+    rank = np.where(trees.rank >= 0, trees.rank, blocks.shape[1] - 1)
+    line = np.arange(num_trees)
+    reach = np.zeros((num_nodes, num_trees, blocks.shape[2]), dtype=np.float32)
     reach[0] = 1.0
     total = np.repeat(weight[:, :1], blocks.shape[2], axis=1)
     for node in range(1, num_nodes):
-        parent = padded.parent[:, node]
+        parent = trees.parent[:, node]
         reach[node] = reach[parent, line] * blocks[depth[:, node], rank[:, node]]
         total += reach[node] * weight[:, node, None]
     return total
 
 
 def _moved(
-    drafts: Sequence[Draft], max_rows: int, shape: tuple[int, ...], rng: np.random.Generator
-) -> list[Draft]:
-    """Drafts with something taken away and something else put in its place; some of them if there are many."""
-    num_masks, num_ranks = shape
+    shapes: Sequence[TreeShape],
+    max_rows: int,
+    num_masks: int,
+    num_ranks: int,
+    rng: np.random.Generator,
+) -> list[TreeShape]:
+    """Trees with something taken away and something else put in its place; some of them if there are many."""
     moved = list(
         dict.fromkeys(
             again
-            for draft in drafts
-            for less in (draft, *draft.shrunk())
+            for shape in shapes
+            for less in (shape, *shape.shrunk())
             for again in less.grown(num_masks, num_ranks, max_rows)
         )
     )

@@ -13,28 +13,25 @@ It is torch code with fixed shapes and no host sync, as the logits are on the de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
+from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.markov import promise_weight, state_values
-from bita_vllm.tree.search import Draft, padded_drafts
-from bita_vllm.tree.template import TemplateTable
-from bita_vllm.tree.template_set import TemplateSet, templates_of
+from bita_vllm.tree.shape import TreeBatch
 
 
 class LineChoice:
-    """The choice among the lines of a template table that holds the templates of all sets, set after set."""
+    """The choice among the lines of a ladder's template table."""
 
     def __init__(
         self,
-        sets: Sequence[TemplateSet],
+        ladder: Ladder,
         # [ages, 2, k, ranks]
         acceptance: np.ndarray,
         device: torch.device,
     ) -> None:
-        table = TemplateTable(*templates_of(sets))
+        sets, table = ladder.template_sets, ladder.table
         num_lines, num_nodes = len(table.num_nodes), table.max_nodes
         is_draft = table.rank[:, :num_nodes] >= 0
         parent, depth, rank = (
@@ -53,11 +50,9 @@ class LineChoice:
                 np.arange(table.max_depth + 1)[:, None], table.max_depths[own]
             )
             lines[index] = table.first_line[own] + depths_of_line
-            draft = padded_drafts([Draft.of(one.first)], one.first.num_nodes)
-            value = state_values(draft, acceptance)
+            value = state_values(TreeBatch.of([one.first.shape]), acceptance)
             for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
-                own_draft = padded_drafts([Draft.of(template)], template.num_nodes)
-                whole = promise_weight(own_draft, value, acceptance)
+                whole = promise_weight(TreeBatch.of([template.shape]), value, acceptance)
                 for depths in range(
                     template.max_depth + 1
                 ):  # a restricted template keeps the order of its nodes

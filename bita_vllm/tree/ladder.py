@@ -18,8 +18,8 @@ import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.system.file_schemas import LadderSchema, check, read_json, shortened
-from bita_vllm.tree.template import Template, TemplateError
-from bita_vllm.tree.template_set import TemplateSet
+from bita_vllm.tree.template import Template, TemplateError, TemplateTable
+from bita_vllm.tree.template_set import TemplateSet, templates_of
 
 LADDER_FILE = "ladder.json"  # next to the adapter's config
 FORMAT_VERSION = 2
@@ -80,7 +80,7 @@ class Ladder:
     def fixed(cls, chosen: Template | TemplateSet) -> Ladder:
         """One template, or the trees of one set, for every batch size."""
         one = chosen if isinstance(chosen, TemplateSet) else TemplateSet((chosen,))
-        return cls([one], [(1, 1, one.first.num_rows - 1)])
+        return cls([one], [(1, 1, one.first.width)])
 
     @classmethod
     def load(cls, path: str | Path) -> Ladder:
@@ -148,7 +148,12 @@ class Ladder:
     @cached_property
     def widths(self) -> list[int]:
         """Width of each template set, ascending."""
-        return [one.first.num_rows - 1 for one in self.template_sets]
+        return [one.first.width for one in self.template_sets]
+
+    @cached_property
+    def table(self) -> TemplateTable:
+        """Every block that a request may have, set after set."""
+        return TemplateTable(*templates_of(self.template_sets))
 
     @property
     def is_fixed(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder, ranges_of
-from bita_vllm.tree.search import Draft, best_templates, evaluate
+from bita_vllm.tree.search import best_templates, evaluate
 from bita_vllm.tree.step_cost import MeasuredCost, StepCost
 from bita_vllm.tree.template_set import TemplateSet
 
@@ -72,7 +72,7 @@ def choose_ladder(
         provenance: stored in the ladder.
     """
     candidates = sets_of_budgets(budgets, acceptance, sets or {})
-    run = evaluate([Draft.of(one.first) for one in candidates], acceptance)
+    run = evaluate([one.first.shape for one in candidates], acceptance)
     lengths = run.accepted_length * np.array([one.gain for one in candidates])
     rows = rows_of(candidates, run.rows, padded)
     batch_sizes = range(1, max_batch_size + 1)
@@ -89,7 +89,7 @@ def choose_ladder(
         if i == PLAIN
         else Choice(
             n,
-            candidates[i].first.num_rows - 1,
+            candidates[i].first.width,
             float(lengths[i]),
             float(seconds[i, n - 1]),
             float(gain[n - 1]),
@@ -98,9 +98,9 @@ def choose_ladder(
         for n, i in zip(batch_sizes, index.tolist(), strict=True)
     ]
     widths = [choice.width for choice in choices]
-    by_width = {one.first.num_rows - 1: one for one in candidates}
+    by_width = {one.first.width: one for one in candidates}
     # Plain at every batch size: a ladder names a template even so.
-    used = set(widths) - {PLAIN_WIDTH} or {candidates[0].first.num_rows - 1}
+    used = set(widths) - {PLAIN_WIDTH} or {candidates[0].first.width}
     return (
         Ladder(
             [by_width[width] for width in used],

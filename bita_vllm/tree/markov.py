@@ -14,57 +14,15 @@ against 0.19 for M2's top candidate).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from bita_vllm.tree.shape import TreeBatch
+
 # Steps until the distribution of states is the stationary one: 2**6, by squaring.
 NUM_SQUARINGS = 6
 NEVER = 1e-12  # share of the steps
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """Templates that are being compared, one a line, padded to N nodes. The root is node 0.
-
-    Attributes:
-        parent: `[C, N]` node of the parent, which comes first; -1 for the root.
-        rank: `[C, N]` candidate rank; -1 for the root and in padding.
-        group: `[C, N]` length of the mask group under the node.
-    """
-
-    parent: np.ndarray
-    rank: np.ndarray
-    group: np.ndarray
-
-    @property
-    def num_rows(self) -> np.ndarray:
-        """`[C]` rows of the step block."""
-        return 1 + (self.rank >= 0).sum(axis=1) + self.group.sum(axis=1)
-
-    def depth(self) -> np.ndarray:
-        """`[C, N]` distance from the root; 0 in padding."""
-        depth = np.zeros(self.parent.shape, dtype=np.int64)
-        num_drafts, num_nodes = self.parent.shape
-        line = np.arange(num_drafts)
-        for node in range(1, num_nodes):
-            below = depth[line, self.parent[:, node]] + 1
-            depth[:, node] = np.where(self.rank[:, node] >= 0, below, 0)
-        return depth
-
-    def next_state(self, num_masks: int) -> np.ndarray:
-        """`[C, N]` the set of mask predictions that a walk which stops at the node goes on with."""
-        smaller = _without_smallest(num_masks)
-        state = np.zeros(self.parent.shape, dtype=np.int64)
-        num_drafts, num_nodes = self.parent.shape
-        line = np.arange(num_drafts)
-        own = (1 << self.group.astype(np.int64)) - 1
-        state[:, 0] = own[:, 0]
-        for node in range(1, num_nodes):
-            left_over = state[line, self.parent[:, node]]
-            state[:, node] = own[:, node] | smaller[left_over, self.group[:, node] + 1]
-        return state
 
 
 @dataclass(frozen=True)
@@ -81,17 +39,17 @@ class LongRun:
 
 
 def long_run(
-    drafts: Drafts,
+    trees: TreeBatch,
     # [ages, 2, k, ranks] P(candidate of that rank is the token | the tokens before it were accepted);
     # axis 1: the parent is a root or a top candidate, the parent is a lower one
     acceptance: np.ndarray,
 ) -> LongRun:
     """Exact for the chain: the distribution over states that steps settle in, and its expectations."""
-    states, share, reach = _settled(drafts, acceptance)
-    depth = drafts.depth()
-    is_node = drafts.rank >= 0
+    states, share, reach = _settled(trees, acceptance)
+    depth = trees.depth()
+    is_node = trees.rank >= 0
     is_node[:, 0] = True
-    rows_of_node = np.where(is_node, 1 + drafts.group, 0)
+    rows_of_node = np.where(is_node, 1 + trees.group, 0)
     rows = np.zeros(share.shape)
     for i, size in enumerate(np.bitwise_count(states)):
         rows[:, i] = (rows_of_node * (depth <= size)).sum(axis=1)
@@ -99,13 +57,13 @@ def long_run(
 
 
 def reach_by_depths(
-    drafts: Drafts,
+    trees: TreeBatch,
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> np.ndarray:
     """`[C, k+1, N]` P(the walk reaches the node | so many depths have candidates); NaN where that never happens."""
-    states, share, reach = _settled(drafts, acceptance)
-    deepest = drafts.depth().max(axis=1)
+    states, share, reach = _settled(trees, acceptance)
+    deepest = trees.depth().max(axis=1)
     depths = np.minimum(np.bitwise_count(states), deepest[:, None])  # [C, S]
     found = np.full((len(share), acceptance.shape[2] + 1, len(reach)), np.nan)
     for num in range(acceptance.shape[2] + 1):
@@ -117,21 +75,21 @@ def reach_by_depths(
 
 
 def _settled(
-    drafts: Drafts,
+    trees: TreeBatch,
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`[S]` states, `[C, S]` their share of the steps in the long run, `[N, C, S]` P(node reached | state)."""
-    next_state = drafts.next_state(acceptance.shape[2])
+    next_state = trees.next_state(acceptance.shape[2])
     states = np.unique(np.append(0, next_state))  # 0: no candidates
-    reach, move = _chain(drafts, states, next_state, acceptance)
+    reach, move = _chain(trees, states, next_state, acceptance)
     for _ in range(NUM_SQUARINGS):
         move = move @ move
     return states, move[:, 0], reach  # from no candidates on
 
 
 def state_values(
-    draft: Drafts,
+    tree: TreeBatch,
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> np.ndarray:
@@ -141,7 +99,7 @@ def state_values(
     + value of what comes next.
     """
     states = np.arange(1 << acceptance.shape[2])
-    reach, move = _chain(draft, states, draft.next_state(acceptance.shape[2]), acceptance)
+    reach, move = _chain(tree, states, tree.next_state(acceptance.shape[2]), acceptance)
     equations = np.eye(len(states)) - move[0]
     equations[:, 0] = 1.0  # value(no predictions) is 0; in its place the tokens a step are unknown
     # Least squares: statistics in which a candidate is always right may leave states without a way to each other.
@@ -151,7 +109,7 @@ def state_values(
 
 
 def promise_weight(
-    drafts: Drafts,
+    trees: TreeBatch,
     # [2**k] of `state_values`
     value: np.ndarray,
     # [ages, 2, k, ranks]
@@ -167,20 +125,20 @@ def promise_weight(
     """
     after_top, after_lower = acceptance[0]  # [k, ranks]
     ratio = np.divide(after_lower, after_top, out=np.ones_like(after_top), where=after_top > 0)
-    num_drafts, num_nodes = drafts.parent.shape
-    depth, line = drafts.depth(), np.arange(num_drafts)
-    rank = np.minimum(drafts.rank, acceptance.shape[3] - 1)  # a tree may reach further
-    often = np.ones((num_drafts, num_nodes))
+    num_trees, num_nodes = trees.parent.shape
+    depth, line = trees.depth(), np.arange(num_trees)
+    rank = np.minimum(trees.rank, acceptance.shape[3] - 1)  # a tree may reach further
+    often = np.ones((num_trees, num_nodes))
     for node in range(1, num_nodes):
-        parent = drafts.parent[:, node]
+        parent = trees.parent[:, node]
         is_lower = rank[line, parent] > 0
         own = np.where(is_lower, ratio[depth[:, node] - 1, rank[:, node]], 1.0)
         often[:, node] = often[line, parent] * own
-    return often * _node_worth(drafts, value)
+    return often * _node_worth(trees, value)
 
 
 def _node_worth(
-    drafts: Drafts,
+    trees: TreeBatch,
     # [2**k] of `state_values`
     value: np.ndarray,
 ) -> np.ndarray:
@@ -188,14 +146,14 @@ def _node_worth(
 
     The root's parent has none.
     """
-    value_at = value[drafts.next_state(len(value).bit_length() - 1)]
+    value_at = value[trees.next_state(len(value).bit_length() - 1)]
     worth = 1.0 + value_at
-    worth[:, 1:] -= np.take_along_axis(value_at, drafts.parent[:, 1:], axis=1)
+    worth[:, 1:] -= np.take_along_axis(value_at, trees.parent[:, 1:], axis=1)
     return worth
 
 
 def _chain(
-    drafts: Drafts,
+    trees: TreeBatch,
     # [S] ascending
     states: np.ndarray,
     # [C, N], all in `states`
@@ -204,24 +162,24 @@ def _chain(
     acceptance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[N, C, S]` P(node reached | state), and `[C, S, S]` P(state of the next step | state)."""
-    num_drafts, num_nodes = drafts.parent.shape
-    line = np.arange(num_drafts)
-    depth = drafts.depth()
+    num_trees, num_nodes = trees.parent.shape
+    line = np.arange(num_trees)
+    depth = trees.depth()
     next_index = np.searchsorted(states, next_state)
     accept = _accept_by_state(states, acceptance)  # [S, 2, k+1, ranks+1]
     last = accept.shape[3] - 1  # padding, and ranks that the statistics do not reach
-    rank = np.where(drafts.rank >= 0, np.minimum(drafts.rank, last), last)
+    rank = np.where(trees.rank >= 0, np.minimum(trees.rank, last), last)
 
-    reach = np.zeros((num_nodes, num_drafts, len(states)))
+    reach = np.zeros((num_nodes, num_trees, len(states)))
     reach[0] = 1.0
     stop = reach.copy()
     for node in range(1, num_nodes):
-        parent = np.maximum(drafts.parent[:, node], 0)
-        lower = (drafts.rank[line, parent] > 0).astype(np.int64)
+        parent = np.maximum(trees.parent[:, node], 0)
+        lower = (trees.rank[line, parent] > 0).astype(np.int64)
         reach[node] = reach[parent, line] * accept[:, lower, depth[:, node], rank[:, node]].T
         stop[node] += reach[node]
         stop[parent, line] -= reach[node]
-    move = np.zeros((num_drafts, len(states), len(states)))
+    move = np.zeros((num_trees, len(states), len(states)))
     for node in range(num_nodes):
         move[line, :, next_index[:, node]] += stop[node]
     return reach, move
@@ -241,12 +199,3 @@ def _accept_by_state(
         for depth, mask in enumerate(masks, start=1):
             found[i, :, depth, :ranks] = acceptance[min(mask - depth + 1, ages - 1), :, mask]
     return found
-
-
-def _without_smallest(num_masks: int) -> np.ndarray:
-    """`[2**k, k+2]` each set without its n smallest elements, n from 0 to k+1."""
-    sets = np.arange(1 << num_masks)
-    columns: Sequence[np.ndarray] = [sets]
-    for _ in range(num_masks + 1):
-        columns = [*columns, columns[-1] & (columns[-1] - 1)]
-    return np.stack(columns, axis=1)

@@ -7,14 +7,14 @@ about as long as that helps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from bita_vllm.tree.markov import Drafts, LongRun, long_run
+from bita_vllm.tree.markov import LongRun, long_run
+from bita_vllm.tree.shape import TreeBatch, TreeShape
 from bita_vllm.tree.template import Template, TemplateError
 
 # P(rank r of mask j is the token | the tokens before it were accepted), [k][ranks], for adapters that
@@ -62,26 +62,11 @@ def best_templates(
         )
     grown = grow(max(budgets), acceptance)
     return [
-        (
+        Template.of_shape(
             grown[budget] if budget <= EXACT_ROWS else polish(grown[budget], budget, acceptance)
-        ).template()
+        )
         for budget in budgets
     ]
-
-
-def expected_length(template: Template, acceptance: Mapping[str, Any] | None = None) -> float:
-    """Expected accepted length of a template in the long run (tokens per step and request)."""
-    table = acceptance_table(acceptance, template.num_masks)
-    return float(long_run_of(template, table).accepted_length[0])
-
-
-def long_run_of(
-    template: Template,
-    # [ages, 2, k, ranks]
-    acceptance: np.ndarray,
-) -> LongRun:
-    """Expectations of one template, each `[1]`."""
-    return evaluate([Draft.of(template)], acceptance)
 
 
 def acceptance_table(acceptance: Mapping[str, Any] | None, num_masks: int) -> np.ndarray:
@@ -129,91 +114,7 @@ def scaled(
     return scaled_table
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A template in the making, nodes in any order that has parents first.
-
-    Attributes:
-        parent: parent of each node, -1 for the root.
-        rank: candidate rank of each node, -1 for the root.
-        group: length of the mask group under each node.
-    """
-
-    parent: tuple[int, ...]
-    rank: tuple[int, ...]
-    group: tuple[int, ...]
-
-    @classmethod
-    def of(cls, template: Template) -> Draft:
-        nodes = template.num_nodes
-        return cls(
-            tuple(template.parent[:nodes].tolist()),
-            tuple(template.rank[:nodes].tolist()),
-            tuple(template.group_length.tolist()),
-        )
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.parent) + sum(self.group)
-
-    def depths(self) -> list[int]:
-        depths = [0]
-        for parent in self.parent[1:]:
-            depths.append(depths[parent] + 1)
-        return depths
-
-    def template(self) -> Template:
-        """Nodes of the likeliest path first: they then lie in their KV slots already; the others by depth."""
-        depths, on_path = self.depths(), [True]
-        for parent, rank in zip(self.parent[1:], self.rank[1:], strict=True):
-            on_path.append(on_path[parent] and rank == 0)
-        order = sorted(
-            range(len(depths)), key=lambda node: (not on_path[node], depths[node], self.rank[node])
-        )
-        row = {node: i for i, node in enumerate(order)}
-        return Template.build(
-            [(row[self.parent[node]], self.rank[node]) for node in order[1:]],
-            {row[node]: length for node, length in enumerate(self.group) if length},
-        )
-
-    def grown(self, num_masks: int, num_ranks: int, max_rows: int) -> Iterator[Draft]:
-        """One longer mask group; one more node with or without a group; a deeper node with all groups longer.
-
-        The last makes depths reachable that pay only once many groups are long enough for them.
-        """
-        depths, room = self.depths(), max_rows - self.num_rows
-        deepest = max(depths)
-        for node, depth in enumerate(depths):
-            has = self.group[node]
-            for length in range(has + 1, min(num_masks, has + room) + 1):
-                yield replace(self, group=_put(self.group, node, length))
-            rank = self.parent.count(node)
-            if depth == num_masks or rank == num_ranks or not room:
-                continue
-            child = Draft((*self.parent, node), (*self.rank, rank), self.group)
-            for length in range(min(num_masks, room - 1) + 1):
-                yield replace(child, group=(*self.group, length))
-                if depth == deepest and length > depth:
-                    longer = tuple(max(n, length) if n else 0 for n in self.group)
-                    for own in {1, length}:
-                        deeper = replace(child, group=(*longer, own))
-                        if deeper.num_rows <= max_rows:
-                            yield deeper
-
-    def shrunk(self) -> Iterator[Draft]:
-        """One shorter mask group (never the root's last row); one leaf less, and its group."""
-        for node, has in enumerate(self.group):
-            for length in range(1 if node == 0 else 0, has):
-                yield replace(self, group=_put(self.group, node, length))
-            if node and node not in self.parent and self._is_last_child(node):
-                parent = tuple(p - (p > node) for p in self.parent)
-                yield Draft(*(_drop(column, node) for column in (parent, self.rank, self.group)))
-
-    def _is_last_child(self, node: int) -> bool:
-        return self.parent.count(self.parent[node]) == self.rank[node] + 1
-
-
-def every_draft(num_rows: int, num_masks: int, num_ranks: int) -> Iterator[Draft]:
+def every_shape(num_rows: int, num_masks: int, num_ranks: int) -> Iterator[TreeShape]:
     """All templates of exactly `num_rows` rows whose children have ranks 0, 1, ...
 
     With acceptance that falls with rank no other template can be better: a node of a lower rank may take
@@ -254,7 +155,7 @@ def _forests(
     )
 
 
-def _flat(tree: _Tree) -> Draft:
+def _flat(tree: _Tree) -> TreeShape:
     parent, rank, group = [-1], [-1], [tree[0]]
     waiting = [(0, tree)]
     while waiting:
@@ -264,7 +165,7 @@ def _flat(tree: _Tree) -> Draft:
             parent.append(place)
             rank.append(child_rank)
             group.append(child[0])
-    return Draft(tuple(parent), tuple(rank), tuple(group))
+    return TreeShape(tuple(parent), tuple(rank), tuple(group))
 
 
 def grow(
@@ -272,17 +173,17 @@ def grow(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
     exact_rows: int = EXACT_ROWS,
-) -> dict[int, Draft]:
-    """For every number of rows from 3 up the best draft found that has at most so many.
+) -> dict[int, TreeShape]:
+    """For every number of rows from 3 up the best shape found that has at most so many.
 
-    All drafts of up to `exact_rows` rows are compared; larger ones are grown from the best of these.
+    All shapes of up to `exact_rows` rows are compared; larger ones are grown from the best of these.
     """
     num_masks, num_ranks = acceptance.shape[2:]
-    # By number of rows: (expected length, draft), best first. Of drafts equally long one is kept.
-    levels: dict[int, list[tuple[float, Draft]]] = {}
+    # By number of rows: (expected length, shape), best first. Of shapes equally long one is kept.
+    levels: dict[int, list[tuple[float, TreeShape]]] = {}
     for rows in range(2, max(exact_rows, MIN_ROWS) + 1):
-        levels[rows] = _best_few([], list(every_draft(rows, num_masks, num_ranks)), acceptance)
-    best: dict[int, Draft] = {}
+        levels[rows] = _best_few([], list(every_shape(rows, num_masks, num_ranks)), acceptance)
+    best: dict[int, TreeShape] = {}
     longest = 0.0
     for rows in range(2, max_rows + 1):
         level = levels.pop(rows, [])
@@ -290,70 +191,50 @@ def grow(
             longest, best[rows] = level[0]
         else:
             best[rows] = best[rows - 1]
-        by_size: dict[int, list[Draft]] = {}
+        by_size: dict[int, list[TreeShape]] = {}
         for _, start in level:
-            for draft in start.grown(num_masks, num_ranks, max_rows):
-                by_size.setdefault(draft.num_rows, []).append(draft)
-        for size, drafts in by_size.items():
+            for shape in start.grown(num_masks, num_ranks, max_rows):
+                by_size.setdefault(shape.num_rows, []).append(shape)
+        for size, shapes in by_size.items():
             if size > exact_rows:
-                levels[size] = _best_few(levels.get(size, []), drafts, acceptance)
+                levels[size] = _best_few(levels.get(size, []), shapes, acceptance)
     return best
 
 
 def _best_few(
-    found: list[tuple[float, Draft]], more: list[Draft], acceptance: np.ndarray
-) -> list[tuple[float, Draft]]:
+    found: list[tuple[float, TreeShape]], more: list[TreeShape], acceptance: np.ndarray
+) -> list[tuple[float, TreeShape]]:
     lengths = evaluate(more, acceptance).accepted_length.tolist()
     found = found + list(zip(lengths, more, strict=True))
-    by_length = {round(length, 9): (length, draft) for length, draft in found}
+    by_length = {round(length, 9): (length, shape) for length, shape in found}
     return [by_length[key] for key in sorted(by_length, reverse=True)[:BEAM]]
 
 
-def polish(draft: Draft, max_rows: int, acceptance: np.ndarray) -> Draft:
+def polish(shape: TreeShape, max_rows: int, acceptance: np.ndarray) -> TreeShape:
     """Take something away and put something else in its place, as long as that helps."""
     num_masks, num_ranks = acceptance.shape[2:]
-    length = evaluate([draft], acceptance).accepted_length[0]
+    length = evaluate([shape], acceptance).accepted_length[0]
     for _ in range(MAX_ROUNDS):
         moved = [
-            again for less in draft.shrunk() for again in less.grown(num_masks, num_ranks, max_rows)
+            again for less in shape.shrunk() for again in less.grown(num_masks, num_ranks, max_rows)
         ]
         lengths = evaluate(moved, acceptance).accepted_length
         if not len(moved) or lengths.max() <= length + GAIN:
             break
-        draft, length = moved[int(lengths.argmax())], lengths.max()
-    return draft
+        shape, length = moved[int(lengths.argmax())], lengths.max()
+    return shape
 
 
-def evaluate(drafts: Sequence[Draft], acceptance: np.ndarray) -> LongRun:
-    """Expectations of many drafts, each `[len(drafts)]`."""
-    num_nodes = max((len(draft.parent) for draft in drafts), default=1)
+def evaluate(shapes: Sequence[TreeShape], acceptance: np.ndarray) -> LongRun:
+    """Expectations of many shapes, each `[len(shapes)]`."""
+    num_nodes = max((len(shape.parent) for shape in shapes), default=1)
     states = 1 << acceptance.shape[2]
     chunk = max(1, CHUNK // (num_nodes * min(states, 64)))
     found = [
-        long_run(padded_drafts(drafts[start : start + chunk], num_nodes), acceptance)
-        for start in range(0, len(drafts), chunk)
+        long_run(TreeBatch.of(shapes[start : start + chunk]), acceptance)
+        for start in range(0, len(shapes), chunk)
     ]
     return LongRun(
         np.concatenate([np.zeros(0), *(run.accepted_length for run in found)]),
         np.concatenate([np.zeros(0), *(run.rows for run in found)]),
     )
-
-
-def padded_drafts(drafts: Sequence[Draft], num_nodes: int) -> Drafts:
-    def column(values: Iterable[tuple[int, ...]], padding: int) -> np.ndarray:
-        lines = [value + (padding,) * (num_nodes - len(value)) for value in values]
-        return np.array(lines, dtype=np.int64)
-
-    return Drafts(
-        parent=column((draft.parent for draft in drafts), 0),
-        rank=column((draft.rank for draft in drafts), -1),
-        group=column((draft.group for draft in drafts), 0),
-    )
-
-
-def _put(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
-    return (*values[:place], value, *values[place + 1 :])
-
-
-def _drop(values: tuple[int, ...], place: int) -> tuple[int, ...]:
-    return (*values[:place], *values[place + 1 :])

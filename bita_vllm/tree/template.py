@@ -20,6 +20,7 @@ import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.system.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
+from bita_vllm.tree.shape import TreeShape
 
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
 
@@ -115,6 +116,21 @@ class Template:
         return cls.build(nodes, dict.fromkeys(range(len(nodes) + 1), num_masks))
 
     @classmethod
+    def of_shape(cls, shape: TreeShape) -> Template:
+        """Nodes of the likeliest path first: they then lie in their KV slots already; the others by depth."""
+        depths, on_path = shape.depths(), [True]
+        for parent, rank in zip(shape.parent[1:], shape.rank[1:], strict=True):
+            on_path.append(on_path[parent] and rank == 0)
+        order = sorted(
+            range(len(depths)), key=lambda node: (not on_path[node], depths[node], shape.rank[node])
+        )
+        row = {node: i for i, node in enumerate(order)}
+        return cls.build(
+            [(row[shape.parent[node]], shape.rank[node]) for node in order[1:]],
+            {row[node]: length for node, length in enumerate(shape.group) if length},
+        )
+
+    @classmethod
     def load(cls, path: str | Path) -> Template:
         """Read `{"nodes": [[parent, rank], ...], "groups": {"0": 3, ...}}`."""
         try:
@@ -156,6 +172,21 @@ class Template:
     def num_rows(self) -> int:
         """R: root, draft nodes and mask rows."""
         return len(self.parent)
+
+    @property
+    def width(self) -> int:
+        """R-1: the rows less the root, as vLLM counts draft tokens."""
+        return self.num_rows - 1
+
+    @cached_property
+    def shape(self) -> TreeShape:
+        """Its nodes and the lengths of their mask groups alone, node for node."""
+        nodes = self.num_nodes
+        return TreeShape(
+            tuple(self.parent[:nodes].tolist()),
+            tuple(self.rank[:nodes].tolist()),
+            tuple(self.group_length.tolist()),
+        )
 
     @cached_property
     def num_nodes(self) -> int:

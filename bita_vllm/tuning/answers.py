@@ -17,7 +17,7 @@ from bita_vllm.training.generate import GenerateConfig, Generator
 from bita_vllm.training.own_prompts import UserTurn
 from bita_vllm.training.samples import DataError
 from bita_vllm.tree.ladder import PLAIN_WIDTH
-from bita_vllm.tree.search import Draft, evaluate, scaled
+from bita_vllm.tree.search import evaluate, scaled
 from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.profile import every_schedule, scheduler_of, set_width
 
@@ -109,11 +109,11 @@ def acceptance_reached(
 
     It is at most what leaves every mask's probabilities a sum of 1. The length grows with it, so bisection finds it.
     """
-    drafts = [Draft.of(templates.first)]
+    shapes = [templates.first.shape]
     low, high = 0.0, 1.0 / float(acceptance.sum(axis=-1).max())
     while high - low > TOLERANCE:
         middle = (low + high) / 2
-        length = evaluate(drafts, scaled(acceptance, middle)).accepted_length[0] * templates.gain
+        length = evaluate(shapes, scaled(acceptance, middle)).accepted_length[0] * templates.gain
         too_long = length > accepted_length
         low, high = (low, middle) if too_long else (middle, high)
     return (low + high) / 2

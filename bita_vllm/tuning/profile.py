@@ -42,7 +42,7 @@ def profile_ladder(sets: Sequence[TemplateSet], max_requests: int) -> Ladder:
     CUDA graphs of a width are captured up to the largest batch that the table has it for, so every width is
     named after the batches that are timed.
     """
-    widths = sorted(one.first.num_rows - 1 for one in sets)
+    widths = sorted(one.first.width for one in sets)
     behind = [(max_requests + i, max_requests + i, width) for i, width in enumerate(widths, 1)]
     return Ladder(sets, [(1, max_requests, PLAIN_WIDTH), *behind])
 

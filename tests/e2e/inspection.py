@@ -299,7 +299,7 @@ def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
             return drafts
         (runner,) = runners
         states, trees = runner.req_states, runner.model_state.trees
-        table = TemplateTable(*runner.settings.templates)
+        table = runner.settings.ladder.table
         for i, slot in enumerate(batch.idx_mapping.tolist()):
             line = int(trees.line_of_slot[slot])
             prompt_len, total = int(states.prompt_len.np[slot]), int(states.total_len.gpu[slot])

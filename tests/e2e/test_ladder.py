@@ -30,7 +30,7 @@ TEMPLATES = [
     Template.build([(0, 0), (1, 0), (0, 1), (2, 0)], {0: 3, 1: 2, 2: 1}),  # 11 rows
     Template.from_widths([3, 2, 1], 3),  # 28 rows
 ]
-WIDTHS = [template.num_rows - 1 for template in TEMPLATES]
+WIDTHS = [template.width for template in TEMPLATES]
 TABLE = TemplateTable(*TEMPLATES)
 # Requests of the ramp: tokens of each prompt (one, a few, more than a step's budget); ranges of batch sizes.
 if ON_GPU_RUNNER:

@@ -212,7 +212,7 @@ def run_as_captured(runner, num_requests, rows_each):
 def test_plain_steps_call_what_plain_vllm_calls(model, tmp_path, monkeypatch, backend):
     """Prefill in chunks, prefill next to decoding, decoding; call by call, and what a FULL graph would hold."""
     asked = requests((5, 70, 20))
-    ranges = [(1, 3, 0), (4, 4, WIDTH.num_rows - 1)]
+    ranges = [(1, 3, 0), (4, 4, WIDTH.width)]
     bita = adapter_with(model, tmp_path / "adapter", sets_of_one([WIDTH]), ranges, lora_rank=4)
     calls: list[Any] = []
     stock: Any = triton_attn.TritonAttentionBackend

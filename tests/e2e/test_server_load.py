@@ -39,10 +39,10 @@ DEPTH_1 = Template.from_widths([2], 1)
 LADDER = Ladder(
     sets_of_one([DEPTH_1, DEPTH_2, DEPTH_3]),
     [
-        (1, 2, DEPTH_3.num_rows - 1),
+        (1, 2, DEPTH_3.width),
         (3, 8, 0),
-        (9, 24, DEPTH_2.num_rows - 1),
-        (25, CLIENTS, DEPTH_1.num_rows - 1),
+        (9, 24, DEPTH_2.width),
+        (25, CLIENTS, DEPTH_1.width),
     ],
 )
 DEPTHS = [3, 0, 2, 1]  # by range of batch sizes

@@ -17,9 +17,7 @@ pytestmark = [
     pytest.mark.skipif(ON_GPU_RUNNER, reason="server processes of their own, on the CPU runner"),
 ]
 WIDE, NARROW = Template.from_widths([2, 1], 2), Template.from_widths([1], 1)
-LADDER = Ladder(
-    sets_of_one([WIDE, NARROW]), [(1, 4, WIDE.num_rows - 1), (5, 8, NARROW.num_rows - 1)]
-)
+LADDER = Ladder(sets_of_one([WIDE, NARROW]), [(1, 4, WIDE.width), (5, 8, NARROW.width)])
 NUM_REQUESTS, CLIENTS = 200, 12
 FLAGS = [
     "--served-model-name",

@@ -11,6 +11,7 @@ from bita_kernels.build_block_naive import build_block_naive
 from bita_kernels.choice_table import ChoiceTable
 from bita_kernels.rank_tokens import Ranking
 from bita_kernels.tree_table import TreeTable
+from expectations import ladder_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_trees import int32, templates
@@ -19,7 +20,7 @@ from bita_vllm.step.host import NextBlocks
 from bita_vllm.tree import Template, TemplateTable
 from bita_vllm.tree.choice import LineChoice, probabilities_of
 from bita_vllm.tree.search import acceptance_table
-from bita_vllm.tree.template_set import TemplateSet, sets_of_one, templates_of
+from bita_vllm.tree.template_set import TemplateSet, sets_of_one
 
 POISON = -7
 ACCEPTANCE = acceptance_table(None, 5)
@@ -41,10 +42,10 @@ def distinct_logits(generator, num_rows, vocab_size, dtype):
 
 def device_choice(sets):
     """The table of all lines, and the choice among them."""
-    table = TreeTable.of(TemplateTable(*templates_of(sets)), "cpu")
-    return table, ChoiceTable.of(
-        LineChoice(sets, ACCEPTANCE, torch.device("cpu")), table.max_rank, "cpu"
-    )
+    ladder = ladder_of(sets)
+    table = TreeTable.of(ladder.table, "cpu")
+    choice = LineChoice(ladder, ACCEPTANCE, torch.device("cpu"))
+    return table, ChoiceTable.of(choice, table.max_rank, "cpu")
 
 
 def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **others):
@@ -127,10 +128,8 @@ SETS = (
 @pytest.mark.parametrize("seed", range(6))
 def test_trees_are_those_that_the_cpu_runner_chooses(seed, set_index):
     generator = np.random.default_rng(seed)
-    table, choice = (
-        TemplateTable(*templates_of(SETS)),
-        LineChoice(SETS, ACCEPTANCE, torch.device("cpu")),
-    )
+    ladder = ladder_of(SETS)
+    table, choice = ladder.table, LineChoice(ladder, ACCEPTANCE, torch.device("cpu"))
     num_requests, max_depth = 8, table.max_depth
     depths = generator.integers(0, max_depth + 1, num_requests)
     # Flat and steep distributions, in several chunks, so that every tree has its turn.
@@ -159,7 +158,7 @@ def test_trees_are_those_that_the_cpu_runner_chooses(seed, set_index):
 def test_without_candidates_every_block_is_the_first_trees_own(function):
     given_ = arguments(SETS, torch.zeros(1, 20), np.full((3, 3), 10**6), [2, 3, 1], set_index=1)
     function(**{**given_, "logits": None})
-    table = TemplateTable(*templates_of(SETS))
+    table = ladder_of(SETS).table
     line = int(table.first_line[len(SETS[0].templates)])
     assert given_["line_of_slot"].tolist() == [line, line, line, POISON]
     masks = [1000 + index if index >= 0 else PADDING_TOKEN for index in table.mask_index[line, 1:]]
@@ -171,7 +170,7 @@ def test_logits_that_are_no_numbers_still_choose_a_tree_of_the_set(bad):
     logits = torch.full((1, 40), bad)
     given_ = arguments(SETS, logits, np.zeros((2, 3), dtype=int), [3, 1])
     build_block(**given_)
-    table = TemplateTable(*templates_of(SETS))
+    table = ladder_of(SETS).table
     deepest = np.minimum(table.max_depths[:3], [[1], [3]])  # slots are in reverse order
     for line, allowed in zip(
         given_["line_of_slot"].tolist(), table.first_line[:3] + deepest, strict=False

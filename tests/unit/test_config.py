@@ -84,7 +84,7 @@ def test_default_rows_follow_the_load(make, monkeypatch):
         monkeypatch.setattr(platform, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         settings = get_settings(make())
         assert settings.tree == "auto"
-        assert settings.num_speculative_tokens == settings.template.num_rows - 1
+        assert settings.num_speculative_tokens == settings.template.width
         assert settings.template.max_depth >= 1
         assert settings.num_mask_tokens == 3
         widths = settings.ladder.lookup(512)[1:]
@@ -139,7 +139,7 @@ def test_widths_set_the_rows(make, tree):
     settings = get_settings(make({"tree": tree}))
     expected = Template.from_widths([int(width) for width in tree.split(",")], 3)
     assert (settings.template.parent == expected.parent).all()
-    assert settings.num_speculative_tokens == expected.num_rows - 1
+    assert settings.num_speculative_tokens == expected.width
 
 
 def test_one_width_may_arrive_as_a_number(make):

@@ -60,7 +60,7 @@ def test_rows_fall_with_the_load_and_stay_below_the_knee(adapter, speed, model):
 def test_the_ladder_is_one_that_vllm_and_the_adapter_take(adapter, speed):
     ladder = default_ladder(adapter, on_gpu(speed), LLAMA_8B)
     ladder.check(adapter.num_mask_tokens)
-    widest = ladder.widest.num_rows - 1
+    widest = ladder.widest.width
     expected = build_dynamic_sd_schedule_lookup(list(ladder.batch_sizes), MOST, widest)
     assert ladder.lookup(MOST).tolist() == expected
     assert set(ladder.widths) == {width for *_, width in ladder.batch_sizes} - {0}

@@ -12,8 +12,8 @@ from bita_vllm.runner import gpu_sampling as gpu_targets
 from bita_vllm.runner.gpu_sampling import NodeRows, TreeSampler
 from bita_vllm.step.device import StepTrees
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.search import acceptance_table
-from bita_vllm.tree.template_set import sets_of_one
 
 VOCAB_SIZE, NUM_REQUESTS = 64, 3
 ROW_BYTES = VOCAB_SIZE * 4
@@ -44,8 +44,8 @@ class CountingSampler:
 @pytest.fixture
 def trees(monkeypatch):
     monkeypatch.setattr(gpu_targets, "extend_paths", extend_paths_naive)
-    sets = sets_of_one([Template.from_widths([1, 1, 1], 3)])
-    trees = StepTrees(sets, acceptance_table(None, 3), NUM_REQUESTS, torch.device("cpu"))
+    ladder = Ladder.fixed(Template.from_widths([1, 1, 1], 3))
+    trees = StepTrees(ladder, acceptance_table(None, 3), NUM_REQUESTS, torch.device("cpu"))
     trees.line.fill_(trees.table.max_depth)
     trees.num_rows.fill_(trees.table.num_rows)
     return trees

@@ -15,8 +15,8 @@ from bita_vllm.step.device import StepTrees
 from bita_vllm.step.mask_rows import MaskRows
 from bita_vllm.system.machine import DeviceSpeed
 from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.search import acceptance_table
-from bita_vllm.tree.template_set import TemplateSet
 
 MAX_REQUESTS = 5
 
@@ -24,8 +24,8 @@ MAX_REQUESTS = 5
 @pytest.fixture
 def trees(monkeypatch) -> StepTrees:
     monkeypatch.setattr(gpu_trees, "begin_step", begin_step_naive)
-    templates = TemplateSet((Template.from_widths([2, 1], 3),))
-    trees = StepTrees([templates], acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
+    ladder = Ladder.fixed(Template.from_widths([2, 1], 3))
+    trees = StepTrees(ladder, acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
     trees.lora_rows = MaskRows(MAX_REQUESTS * trees.table.num_rows + 1, torch.device("cpu"))
     trees.expect_blocks(SimpleNamespace(idx_mapping_np=np.arange(MAX_REQUESTS)), 0)
     return trees
@@ -90,8 +90,8 @@ def test_mask_rows_lie_in_front_and_are_counted(trees, line, num_rows):
 def test_a_slot_that_never_had_a_block_may_begin_with_one(trees, monkeypatch):
     """vLLM pads a request whose prompt is cached but for its last token; its drafts are those of an unused slot."""
     monkeypatch.setattr(gpu_trees, "accept_tree", accept_tree_naive)
-    sets = [TemplateSet((Template.from_widths([2, 1], 3),))]
-    fresh = StepTrees(sets, acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
+    ladder = Ladder.fixed(Template.from_widths([2, 1], 3))
+    fresh = StepTrees(ladder, acceptance_table(None, 3), MAX_REQUESTS, torch.device("cpu"))
     begin(fresh, [0], [16])
     tokens = torch.empty(1, fresh.table.max_depth + 3, dtype=torch.int64)
     targets, emitted = torch.full((fresh.num_nodes,), 5), torch.empty(1, dtype=torch.int32)

@@ -72,7 +72,7 @@ def make_request(manager, emitted=(), request_id="a"):
 
 def block_of(table, line, rng, tokens):
     """Drafts of one request as a runner makes them, padded to the template's rows."""
-    drafts = rng.choice(tokens, table.template.num_rows - 1)
+    drafts = rng.choice(tokens, table.template.width)
     masks = table.mask_index[line, 1:]
     return np.where(masks >= 0, VOCAB_SIZE + masks, drafts).tolist()
 

@@ -188,9 +188,9 @@ def small_config() -> Any:
 @pytest.fixture
 def drafts_made_once(monkeypatch):
     """All drafts of a few rows, which the search makes anew for any statistics: half of its time."""
-    every_draft = search.every_draft
-    made = lru_cache(32)(lambda *sizes: list(every_draft(*sizes)))
-    monkeypatch.setattr(search, "every_draft", made)
+    every_shape = search.every_shape
+    made = lru_cache(32)(lambda *sizes: list(every_shape(*sizes)))
+    monkeypatch.setattr(search, "every_shape", made)
 
 
 @MUTATIONS

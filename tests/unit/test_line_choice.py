@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from expectations import ladder_of
 
-from bita_vllm.tree import Template, TemplateTable
+from bita_vllm.tree import Template
 from bita_vllm.tree.choice import LineChoice, probabilities_of
 from bita_vllm.tree.markov import state_values
-from bita_vllm.tree.search import Draft, acceptance_table, padded_drafts
+from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.shape import TreeBatch
 from bita_vllm.tree.template_set import TemplateSet
 
 K, RANKS = 3, 10
@@ -29,15 +31,16 @@ SETS = [
     TemplateSet((BROAD, DEEP, LEAN, FORK)),
     TemplateSet((Template.from_widths([5, 4, 3], K), DEEP)),
 ]
-TABLE = TemplateTable(*(template for one in SETS for template in one.templates))
-CHOICE = LineChoice(SETS, ACCEPTANCE, torch.device("cpu"))
+LADDER = ladder_of(SETS)
+TABLE = LADDER.table
+CHOICE = LineChoice(LADDER, ACCEPTANCE, torch.device("cpu"))
 
 
 def promise(template, first, depths, probabilities):
     """Row by row: P(reached) and what a walk that stops there brings, predictions for later included."""
-    value = state_values(padded_drafts([Draft.of(first)], first.num_nodes), ACCEPTANCE)
+    value = state_values(TreeBatch.of([first.shape]), ACCEPTANCE)
     cut = template.restrict(depths)
-    state = padded_drafts([Draft.of(cut)], cut.num_nodes).next_state(K)[0]
+    state = TreeBatch.of([cut.shape]).next_state(K)[0]
     reach = [1.0]
     for node in range(1, cut.num_nodes):
         place = cut.depth[node] - 1, cut.rank[node]
@@ -88,7 +91,7 @@ def test_sure_masks_get_a_deep_tree_and_unsure_ones_a_broad_one():
 
 def test_a_set_of_one_has_no_choice():
     depths = torch.tensor([0, 1, 2, 3])
-    only = LineChoice([TemplateSet((BROAD,)), SETS[1]], ACCEPTANCE, torch.device("cpu"))
+    only = LineChoice(ladder_of([TemplateSet((BROAD,)), SETS[1]]), ACCEPTANCE, torch.device("cpu"))
     lines = only(0, depths, torch.full((4, 3, RANKS), torch.nan))
     assert lines.tolist() == [0, 1, 2, 2]  # BROAD is two deep
 
@@ -103,8 +106,7 @@ def test_probabilities_are_those_of_a_softmax():
 def test_values_of_states_by_hand():
     template = Template.from_widths([3, 2], 2)
     acceptance = acceptance_table({"rank_probability": [[0.5, 0.1, 0.1], [0.3, 0.1, 0.05]]}, 2)
-    draft = padded_drafts([Draft.of(template)], template.num_nodes)
-    value = state_values(draft, acceptance)
+    value = state_values(TreeBatch.of([template.shape]), acceptance)
     # By hand: every node has a full group, so every state is followed by {0, 1}, and only this step differs.
     p, q = np.array([0.5, 0.1, 0.1]), np.array([0.3, 0.1])
     full = p.sum() + p[0] * q.sum()
@@ -115,5 +117,5 @@ def test_values_of_states_by_hand():
 
 def test_candidates_that_are_always_right_leave_a_choice():
     certain = acceptance_table({"rank_probability": [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]}, K)
-    choice = LineChoice(SETS, certain, torch.device("cpu"))
+    choice = LineChoice(LADDER, certain, torch.device("cpu"))
     assert bool(choice.weight.isfinite().all())

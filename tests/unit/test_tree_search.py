@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from expectations import expected_length, long_run_of
 
 from bita_vllm.tree import Template, TemplateError
 from bita_vllm.tree.search import (
@@ -11,10 +12,8 @@ from bita_vllm.tree.search import (
     best_template,
     best_templates,
     evaluate,
-    every_draft,
-    expected_length,
+    every_shape,
     grow,
-    long_run_of,
     polish,
 )
 
@@ -84,7 +83,7 @@ def test_up_to_ten_rows_the_best_of_all_templates_is_found(seed):
     grown = grow(max(budgets), table, exact_rows=0)
     best, gap, search_gap = 0.0, [], []
     for budget, template in zip(budgets, best_templates(budgets, table), strict=True):
-        drafts = list(every_draft(budget, 3, table.shape[-1]))
+        drafts = list(every_shape(budget, 3, table.shape[-1]))
         best = max(best, evaluate(drafts, table).accepted_length.max())
         searched = evaluate([polish(grown[budget], budget, table)], table)
         gap.append(1 - long_run_of(template, table).accepted_length[0] / best)
@@ -99,7 +98,7 @@ def test_up_to_ten_rows_the_best_of_all_templates_is_found(seed):
 
 def test_every_template_of_four_rows():
     """A chain with two groups; one or two nodes under a root with the other rows."""
-    drafts = {(d.parent, d.group) for d in every_draft(4, 3, 4)}
+    drafts = {(d.parent, d.group) for d in every_shape(4, 3, 4)}
     assert drafts == {
         ((-1,), (3,)),
         ((-1, 0), (2, 0)),

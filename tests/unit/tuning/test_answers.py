@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bita_vllm.tree import Template
-from bita_vllm.tree.search import Draft, acceptance_table, evaluate, scaled
+from bita_vllm.tree.search import acceptance_table, evaluate, scaled
 from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.answers import Answers, acceptance_reached
 
@@ -14,7 +14,7 @@ TEMPLATES = TemplateSet((TEMPLATE,), 1.1)
 
 
 def expected_length(acceptance):
-    return float(evaluate([Draft.of(TEMPLATE)], acceptance).accepted_length[0]) * TEMPLATES.gain
+    return float(evaluate([TEMPLATE.shape], acceptance).accepted_length[0]) * TEMPLATES.gain
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0, 1.1])

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from expectations import long_run_of
 
 from bita_vllm.tree.ladder_search import choose_ladder
-from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.search import acceptance_table, best_templates
 from bita_vllm.tree.step_cost import H100_8B, CostError, MeasuredCost, Roofline
 
 ACCEPTANCE = acceptance_table(None, 3)
@@ -67,7 +68,7 @@ def test_each_batch_size_gets_the_fastest_width(cost, padded):
         for template, run in runs:
             rows = template.num_rows if padded else run.rows[0]
             speed = n * run.accepted_length[0] / cost.seconds(n, n * rows, 512)
-            speeds[template.num_rows - 1] = float(speed)
+            speeds[template.width] = float(speed)
         assert speeds[choice.width] == pytest.approx(max(speeds.values()))
         assert choice.gain == pytest.approx(speeds[choice.width] / speeds[0])
         assert table[n] == choice.width

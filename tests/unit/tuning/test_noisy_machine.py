@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expectations import long_run_of
 
 from bita_vllm.scheduling.online import WidthPolicy
 from bita_vllm.training.evaluate import acceptance_statistics
 from bita_vllm.tree.ladder import Ladder
-from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.search import acceptance_table, best_templates
 from bita_vllm.tree.step_cost import MeasuredCost
 from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
@@ -86,7 +87,7 @@ def test_a_wrong_decision_costs_next_to_nothing(promised, gain):
 def share_of_drafts(promised, gain, noise):
     """Of the steps, how many were decided to have drafts."""
     traces, acceptance, template, _, _ = load()
-    ladder = Ladder(sets_of_one([template]), [(1, 1, template.num_rows - 1), (2, 2, 0)])
+    ladder = Ladder(sets_of_one([template]), [(1, 1, template.width), (2, 2, 0)])
     policy = WidthPolicy(ladder, acceptance, cost_of(promised), 2, now=0.0)
     widths, review = [], policy.review
 

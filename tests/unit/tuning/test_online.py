@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from expectations import ladder_of, long_run_of
 from two_kinds import predictions
 
 from bita_vllm.scheduling import accounts
@@ -19,7 +20,7 @@ from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.ladder_search import PLAIN, choose_ladder
 from bita_vllm.tree.replay import TreeWalker
-from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.search import acceptance_table, best_templates
 from bita_vllm.tree.step_cost import H100_8B, MeasuredCost
 from bita_vllm.tree.template_set import TemplateSet, sets_of_one
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
@@ -59,7 +60,7 @@ def test_estimate_predicts_the_load_that_was_seen(masks, rows):
     """Expected GOOD, served something else: lengths of that template as they were replayed."""
     expected = statistics(GOOD)
     (template,) = best_templates([rows], expected)
-    tracker = Acceptance([TemplateSet((template,))], expected)
+    tracker = Acceptance(ladder_of([TemplateSet((template,))]), expected)
     traces = served(masks)
     replay_into(tracker, template, traces)
     length = long_run_of(template, tracker.estimate()).accepted_length[0]
@@ -70,7 +71,7 @@ def test_estimate_predicts_the_load_that_was_seen(masks, rows):
 def test_evidence_of_one_template_speaks_for_the_others():
     expected = statistics(GOOD)
     small, large = best_templates([8, 32], expected)
-    tracker = Acceptance([TemplateSet((small,)), TemplateSet((large,))], expected)
+    tracker = Acceptance(ladder_of([TemplateSet((small,)), TemplateSet((large,))]), expected)
     traces = served(POOR)
     replay_into(tracker, small, traces)  # lines of the first template
     length = long_run_of(large, tracker.estimate()).accepted_length[0]
@@ -83,14 +84,14 @@ def test_evidence_of_one_template_speaks_for_the_others():
 
 def test_nothing_seen_is_what_was_expected():
     expected = statistics(GOOD)
-    tracker = Acceptance([TemplateSet((Template.from_widths([5, 4, 3], 3),))], expected)
+    tracker = Acceptance(ladder_of([TemplateSet((Template.from_widths([5, 4, 3], 3),))]), expected)
     assert tracker.estimate() == pytest.approx(expected)
 
 
 def test_evidence_fades():
     expected = statistics(GOOD)
     template = Template.from_widths([3, 2, 1], 3)
-    tracker = Acceptance([TemplateSet((template,))], expected)
+    tracker = Acceptance(ladder_of([TemplateSet((template,))]), expected)
     replay_into(tracker, template, served(POOR))
     seen = long_run_of(template, tracker.estimate()).accepted_length[0]
     for _ in range(100):
@@ -106,7 +107,7 @@ def test_blocks_that_choose_their_tree_are_as_long_as_expected(rows):
     seen = predictions(num_answers=12)
     acceptance = acceptance_table(acceptance_statistics(seen.ranks), 3)
     templates = find_set(best_templates([rows], acceptance)[0], acceptance, seen)
-    tracker = Acceptance([templates], acceptance)
+    tracker = Acceptance(ladder_of([templates]), acceptance)
     walker, choose = TreeWalker(*templates.templates), template_choice(templates, acceptance)
     lengths = []
     other = predictions(num_answers=12, seed=1)
@@ -302,7 +303,7 @@ def test_ladders_without_measured_cost_stay_as_they_are():
     points = {"step_seconds": [[1, 1, 1.0], [1, 4, 1.1]]}
     acceptance = acceptance_table(None, 3)
     assert policy_of(Ladder.fixed(template), acceptance, 8, padded=False) is None
-    alone, width = sets_of_one([template]), template.num_rows - 1
+    alone, width = sets_of_one([template]), template.width
     ranges = [(1, 2, width), (3, 8, 0)]
     assert policy_of(Ladder(alone, ranges), acceptance, 8, False) is None
     policy = policy_of(Ladder(alone, ranges, points), acceptance, 8, False)

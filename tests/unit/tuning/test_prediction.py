@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from expectations import long_run_of
 from testbed.recorded_ranks import recorded_predictions, recorded_ranks
 
 from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths, chosen_lengths
 from bita_vllm.training.set_search import find_set
 from bita_vllm.tree import Template
-from bita_vllm.tree.search import acceptance_table, best_templates, long_run_of
+from bita_vllm.tree.search import acceptance_table, best_templates
 
 BUDGETS = (4, 8, 16, 32)
 

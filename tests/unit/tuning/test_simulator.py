@@ -40,7 +40,7 @@ def test_accepted_length_is_the_replays():
     result = simulate(Ladder.fixed(TREE), ranks, FREE_ROWS, 4, num_walks=20_000)
     assert result.accepted_length == pytest.approx(replayed, rel=0.02)
     assert result.ratio == pytest.approx(result.accepted_length)
-    assert result.width == TREE.num_rows - 1
+    assert result.width == TREE.width
     assert 40 < result.rows < TREE.num_rows  # some blocks come after a prefill, without candidates
     padded = simulate(Ladder.fixed(TREE), ranks, FREE_ROWS, 4, padded=True, num_walks=1000)
     assert padded.rows == TREE.num_rows

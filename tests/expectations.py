@@ -1,0 +1,34 @@
+"""What a template is expected to bring, one template at a time, and ladders for tests that look at sets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder
+from bita_vllm.tree.markov import LongRun
+from bita_vllm.tree.search import acceptance_table, evaluate
+from bita_vllm.tree.template_set import TemplateSet
+
+
+def expected_length(template: Template, acceptance: Mapping[str, Any] | None = None) -> float:
+    """Expected accepted length in the long run (tokens per step and request), for an adapter's statistics."""
+    table = acceptance_table(acceptance, template.num_masks)
+    return float(long_run_of(template, table).accepted_length[0])
+
+
+def long_run_of(
+    template: Template,
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> LongRun:
+    """Expectations of one template, each `[1]`."""
+    return evaluate([template.shape], acceptance)
+
+
+def ladder_of(sets: Sequence[TemplateSet]) -> Ladder:
+    """These sets, of ascending widths; its table from batch size to width is not looked at."""
+    return Ladder(sets, [(1, 1, PLAIN_WIDTH)])
