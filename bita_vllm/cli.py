@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from bita_vllm import __version__, doctor
+from bita_vllm.system.errors import UserError
 from bita_vllm.training import data_command, eval_command, shrink_command, train_command
 from bita_vllm.tuning import tune_command
 
@@ -26,7 +27,7 @@ SUBCOMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand; returns the exit code."""
+    """Run the subcommand; returns the exit code. What a user can put right is one sentence (`UserError`)."""
     # vLLM logs to stdout by default; that is where our own output goes.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -39,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ended_by = signal.SIGTERM
     except KeyboardInterrupt:
         pass
-    except (
-        OSError
-    ) as error:  # what a command does not expect: no place for scratch files, no such terminal
+    except UserError as error:
+        print(f"bita: {error}", file=sys.stderr)
+        return 1
+    # what a command does not expect: no place for scratch files, no such terminal
+    except OSError as error:
         print(f"bita: The system refused what was needed ({error}).", file=sys.stderr)
         return 1
     print(

@@ -109,12 +109,12 @@ def _check_platform() -> Check:
 
 def _check_adapter(adapter: str, model: str | None) -> Check:
     from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
-    from bita_vllm.adapter.config import AdapterError, ModelShape
+    from bita_vllm.adapter.config import ModelShape
 
     try:
         shape = None if model is None else ModelShape.from_hf_config(_text_config(model))
         loaded = Adapter.load(resolve_adapter_dir(adapter), shape)
-    except (AdapterError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return Check("adapter", False, " ".join(str(error).split()))
     config, lora = loaded.config, loaded.mask_lora
     deltas = f"deltas of rank {lora.rank} ({lora.num_bytes / 2**20:.1f} MiB), " if lora else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeGuard, TypeVar
 
+from bita_vllm.system.errors import UserError
 from bita_vllm.system.file_schemas import (
     MAX_MASK_TOKENS,
     AcceptanceSchema,
@@ -26,7 +27,7 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _T = TypeVar("_T")
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter that cannot be used; the message is one sentence that says why and what to do."""
 
 

@@ -20,6 +20,7 @@ from vllm.utils.hashing import safe_hash
 
 from bita_vllm import __version__
 from bita_vllm.system import platform
+from bita_vllm.system.errors import UserError
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.template_set import templates_of
@@ -32,7 +33,7 @@ METHOD = "bita"
 FP8_CACHES = ("fp8", "fp8_e4m3")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A run that cannot use bita as asked; the message is one sentence for the user."""
 
 

@@ -19,6 +19,8 @@ from pydantic import (
     ValidationError,
 )
 
+from bita_vllm.system.errors import UserError
+
 MAX_ROWS = 256  # of a step block
 MAX_MASK_TOKENS = 16
 MAX_RANKS = 256  # candidates of a mask
@@ -49,7 +51,7 @@ def is_list_of(content: Any, length: int) -> bool:
     return isinstance(content, list) and len(content) == length
 
 
-class SchemaError(ValueError):
+class SchemaError(UserError):
     """Content that a schema refuses; the message names field, value and what was expected."""
 
 

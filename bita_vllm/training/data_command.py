@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from bita_vllm.training.base_model import DTYPES
+from bita_vllm.training.configs import GenerateConfig
 
 OPENINGS = ("mixed", "system", "bare")
 
@@ -42,39 +43,32 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--max-prompt-tokens",
         type=int,
-        default=256,
-        help="longer prompts are left out (default: 256)",
+        help="longer prompts are left out (default: %(default)s)",
     )
-    add("--max-answer-tokens", type=int, default=512, help="longer answers are cut (default: 512)")
-    add("--temperature", type=float, default=1.0, help="of self-written prompts (default: 1.0)")
-    add("--top-p", type=float, default=1.0, help="of self-written prompts (default: 1.0)")
+    add("--max-answer-tokens", type=int, help="longer answers are cut (default: %(default)s)")
+    add("--temperature", type=float, help="of self-written prompts (default: %(default)s)")
+    add("--top-p", type=float, help="of self-written prompts (default: %(default)s)")
     add(
         "--opening",
         choices=OPENINGS,
-        default="mixed",
         help="what self-written prompts continue: all that the chat template puts in front of the user's message "
-        "(system), the user's header alone (bare), or both in turn (mixed, the default)",
+        "(system), the user's header alone (bare), or both in turn (mixed) (default: %(default)s)",
     )
-    add("--batch-size", type=int, default=256, help="sequences a batch (default: 256)")
-    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, help="sequences a batch (default: %(default)s)")
+    add("--seed", type=int, help="of all random choices (default: %(default)s)")
     add(
         "--engine-args",
         default="{}",
         metavar="JSON",
         help="more arguments for vLLM's LLM class, such as '{\"max_num_seqs\": 128}'",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, **asdict(GenerateConfig()))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the samples; returns the exit code."""
-    from bita_vllm.training.samples import DataError
-
+    """Make the samples; returns the exit code. Raises DataError."""
     try:
         make_data(args)
-    except DataError as error:
-        print(f"bita: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(
             f"bita: Interrupted; all full batches are in {args.out}, and the same command goes on.",
@@ -92,7 +86,7 @@ def make_data(args: argparse.Namespace) -> None:
         load_tokenizer,
         start_engine,
     )
-    from bita_vllm.training.generate import GenerateConfig, Generator
+    from bita_vllm.training.generate import Generator
     from bita_vllm.training.own_prompts import UserTurn
     from bita_vllm.training.provenance import versions
     from bita_vllm.training.samples import SampleWriter, read_prompts

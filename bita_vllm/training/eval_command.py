@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bita_vllm.training.base_model import DTYPES
+from bita_vllm.training.configs import GenerateConfig
 
 if TYPE_CHECKING:
     from bita_vllm.adapter.config import AdapterConfig
@@ -38,12 +38,17 @@ def add_parser(subparsers: Any) -> None:
         "--prompts", help="prompts, in any form that 'bita data' takes, to be answered first"
     )
     add("--num-prompts", type=int, help="use the first so many prompts or samples (default: all)")
-    add("--max-answer-tokens", type=int, default=512, help="of answers made here (default: 512)")
+    add(
+        "--max-answer-tokens",
+        type=int,
+        default=GenerateConfig.max_answer_tokens,
+        help="of answers made here (default: %(default)s)",
+    )
     add(
         "--max-positions",
         type=int,
         default=20000,
-        help="answer tokens to evaluate (default: 20000)",
+        help="answer tokens to evaluate (default: %(default)s)",
     )
     add(
         "--tree",
@@ -53,7 +58,12 @@ def add_parser(subparsers: Any) -> None:
         f"(default: {' and '.join(DEFAULT_TREES)})",
     )
     add("--engine", action="store_true", help="measure every tree in the engine too")
-    add("--concurrency", type=int, default=8, help="requests in flight with --engine (default: 8)")
+    add(
+        "--concurrency",
+        type=int,
+        default=8,
+        help="requests in flight with --engine (default: %(default)s)",
+    )
     add(
         "--dtype",
         choices=DTYPES,
@@ -72,18 +82,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print; returns the exit code."""
-    from bita_vllm.adapter.config import AdapterError
-    from bita_vllm.training.samples import DataError
-    from bita_vllm.tree import TemplateError
-
-    try:
-        result = evaluate(args)
-        if args.csv:
-            _write_csv(args.csv, result)
-    except (AdapterError, DataError, TemplateError) as error:
-        print(f"bita: {error}", file=sys.stderr)
-        return 1
+    """Evaluate and print; returns the exit code. Raises AdapterError, DataError or TemplateError."""
+    result = evaluate(args)
+    if args.csv:
+        _write_csv(args.csv, result)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -209,7 +211,7 @@ def _answers(
 ) -> list[Sample]:
     """From the data file, or made now, as `bita data` makes them."""
     from bita_vllm.training.base_model import start_engine
-    from bita_vllm.training.generate import GenerateConfig, Generator
+    from bita_vllm.training.generate import Generator
     from bita_vllm.training.samples import SampleWriter, read_prompts, read_samples
 
     if args.data:

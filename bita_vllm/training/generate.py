@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from bita_vllm.training.configs import GenerateConfig
 from bita_vllm.training.own_prompts import PromptFilter, UserTurn
 from bita_vllm.training.samples import DataError, Sample, SampleWriter, chat_prompt_ids
 
@@ -24,26 +24,6 @@ if TYPE_CHECKING:
 
 MAX_BARREN_BATCHES = 5
 MIN_ANSWER_TOKENS = 4  # fewer leave no place for a mask row
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """The settings that, with the model, decide the samples.
-
-    Attributes:
-        max_prompt_tokens: of a prompt with its chat template; longer ones are left out.
-        max_answer_tokens: longer answers end there.
-        temperature, top_p, opening: of prompts that the model writes itself (`UserTurn.of`).
-        batch_size: sequences of one batch; also decides the random seeds.
-    """
-
-    max_prompt_tokens: int = 256
-    max_answer_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    opening: str = "mixed"
-    batch_size: int = 256
-    seed: int = 0
 
 
 class Generator:

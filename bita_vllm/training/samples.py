@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bita_vllm.system.errors import UserError
+
 FORMAT_VERSION = 1
 NUM_CHECKED_PROMPTS = 8
 PROMPT_SHAPES = (
@@ -27,7 +29,7 @@ PROMPT_SHAPES = (
 )
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message is one sentence that says where and what to do."""
 
 

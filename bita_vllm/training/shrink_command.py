@@ -7,7 +7,6 @@ by its best approximation of the smaller rank (its largest singular values).
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,29 +34,25 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the copy; returns the exit code."""
+    """Write the copy; returns the exit code. Raises AdapterError."""
     from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir, save_adapter
     from bita_vllm.adapter.config import AdapterError
 
-    try:
-        adapter = Adapter.load(resolve_adapter_dir(args.adapter))
-        if adapter.mask_lora is None:
-            raise AdapterError(f"{args.adapter} has no low-rank deltas; there is nothing to cut.")
-        if not 1 <= args.rank < adapter.mask_lora.rank:
-            raise AdapterError(
-                f"--rank is {args.rank}; expected 1 to {adapter.mask_lora.rank - 1}, less than the adapter's own."
-            )
-        if args.out.exists():
-            raise AdapterError(f"{args.out} exists already; give a new directory as --out.")
-        smaller, kept = shrink(adapter.mask_lora, args.rank)
-        raw = {key: value for key, value in adapter.config.raw.items() if key != "acceptance"}
-        if "training" in raw:
-            raw["training"] = {**raw["training"], "shrunk_to_rank": args.rank}
-        config = replace(adapter.config, raw=raw, acceptance=None)
-        save_adapter(args.out, replace(adapter, config=config, mask_lora=smaller))
-    except AdapterError as error:
-        print(f"bita: {error}", file=sys.stderr)
-        return 1
+    adapter = Adapter.load(resolve_adapter_dir(args.adapter))
+    if adapter.mask_lora is None:
+        raise AdapterError(f"{args.adapter} has no low-rank deltas; there is nothing to cut.")
+    if not 1 <= args.rank < adapter.mask_lora.rank:
+        raise AdapterError(
+            f"--rank is {args.rank}; expected 1 to {adapter.mask_lora.rank - 1}, less than the adapter's own."
+        )
+    if args.out.exists():
+        raise AdapterError(f"{args.out} exists already; give a new directory as --out.")
+    smaller, kept = shrink(adapter.mask_lora, args.rank)
+    raw = {key: value for key, value in adapter.config.raw.items() if key != "acceptance"}
+    if "training" in raw:
+        raw["training"] = {**raw["training"], "shrunk_to_rank": args.rank}
+    config = replace(adapter.config, raw=raw, acceptance=None)
+    save_adapter(args.out, replace(adapter, config=config, mask_lora=smaller))
     print(
         f"{args.out}: rank {adapter.mask_lora.rank} cut to {args.rank}, {100 * kept:.1f}% of the deltas' energy kept"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from bita_vllm.training.base_model import DTYPES
+from bita_vllm.training.configs import CHUNK_ROWS, TrainConfig
 
 if TYPE_CHECKING:
     from bita_vllm.training.distributed import Processes
@@ -50,27 +51,26 @@ def add_parser(subparsers: Any) -> None:
 
     run_group = parser.add_argument_group("the run")
     number = run_group.add_argument
-    number("--steps", type=int, default=1000)
-    number("--batch-size", type=int, default=4, help="sequences a step")
-    number("--groups", type=int, default=64, help="mask groups a sequence and step")
-    number("--max-length", type=int, default=2048, help="tokens of a sequence that are used")
-    number("--lr", type=float, default=3e-2, help="of mask embeddings and prompt tokens")
-    number("--lora-lr", type=float, default=6e-3, help="of the low-rank deltas")
-    number("--warmup", type=int, default=10, help="steps")
-    number("--weight-decay", type=float, default=0.0)
-    number("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    number("--distill", type=float, default=1.0, help="share of KL to the model's own distribution")
-    number("--mask-decay", type=float, default=1.0, help="weight of a mask against the one before")
+    number("--steps", type=int)
+    number("--batch-size", type=int, help="sequences a step")
+    number("--groups", type=int, help="mask groups a sequence and step")
+    number("--max-length", type=int, help="tokens of a sequence that are used")
+    number("--lr", type=float, help="of mask embeddings and prompt tokens")
+    number("--lora-lr", type=float, help="of the low-rank deltas")
+    number("--warmup", type=int, help="steps")
+    number("--weight-decay", type=float)
+    number("--clip", type=float, help="largest norm of the gradient")
+    number("--distill", type=float, help="share of KL to the model's own distribution")
+    number("--mask-decay", type=float, help="weight of a mask against the one before")
     number(
         "--reach-power",
         type=float,
-        default=0.0,
         metavar="Q",
         help="a row counts by the probability, to the power of Q, that its mask and those before it "
         "give to the text's tokens; 0: all alike",
     )
-    number("--ema", type=float, default=0.0, help="save averaged weights with this decay")
-    number("--seed", type=int, default=0)
+    number("--ema", type=float, help="save averaged weights with this decay")
+    number("--seed", type=int)
     number("--time-limit", type=float, metavar="MINUTES", help="save and stop then; see --resume")
     number("--save-every", type=int, default=100, metavar="STEPS")
 
@@ -91,18 +91,18 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="under torchrun every process holds the whole base model: faster where it fits",
     )
-    machine.add_argument("--chunk-rows", type=int, default=256, help="rows of logits at a time")
-    parser.set_defaults(run=run)
+    machine.add_argument(
+        "--chunk-rows", type=int, default=CHUNK_ROWS, help="rows of logits at a time"
+    )
+    parser.set_defaults(run=run, **asdict(TrainConfig()))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns the exit code."""
+    """Train; returns the exit code. Raises AdapterError, DataError and TrainingError."""
     import torch
 
-    from bita_vllm.adapter.config import AdapterError
     from bita_vllm.training.base_model import choose_device
     from bita_vllm.training.distributed import Processes
-    from bita_vllm.training.samples import DataError
     from bita_vllm.training.trainer import TrainingError
 
     processes = Processes.join(choose_device(args.device))
@@ -110,16 +110,11 @@ def run(args: argparse.Namespace) -> int:
         trainer = make_trainer(args, processes)
         limit = None if args.time_limit is None else 60 * args.time_limit
         done = trainer.train(limit, args.save_every)
-    except (AdapterError, DataError, TrainingError) as error:
-        print(f"bita: {error}", file=sys.stderr)
-        return 1
     except torch.OutOfMemoryError as error:
-        print(
-            f"bita: Out of memory ({str(error).splitlines()[0]}); lower --batch-size, --groups or "
-            "--chunk-rows, or add --checkpoint-activations. What was saved can be resumed.",
-            file=sys.stderr,
-        )
-        return 1
+        raise TrainingError(
+            f"Out of memory ({str(error).splitlines()[0]}); lower --batch-size, --groups or "
+            "--chunk-rows, or add --checkpoint-activations. What was saved can be resumed."
+        ) from None
     finally:
         processes.leave()
     if processes.rank > 0:
@@ -132,8 +127,6 @@ def run(args: argparse.Namespace) -> int:
 def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
     """Everything that can be refused is refused here. Raises AdapterError, DataError and
     TrainingError."""
-    from dataclasses import fields
-
     import torch
 
     from bita_vllm.adapter.config import AdapterConfig, AdapterError
@@ -148,7 +141,7 @@ def make_trainer(args: argparse.Namespace, processes: Processes) -> Trainer:
         check_tokens,
         read_samples,
     )
-    from bita_vllm.training.trainer import TrainConfig, Trainer, TrainingError
+    from bita_vllm.training.trainer import Trainer, TrainingError
 
     check_arguments(args)
     if find_spec("matplotlib") is None:

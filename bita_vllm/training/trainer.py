@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bita_vllm.adapter.checkpoint import save_adapter
+from bita_vllm.system.errors import UserError
 from bita_vllm.training.batches import (
     IGNORED,
     BatchPlan,
@@ -27,6 +28,7 @@ from bita_vllm.training.batches import (
     usable_roots,
 )
 from bita_vllm.training.checkpoint import load_checkpoint, save_checkpoint
+from bita_vllm.training.configs import CHUNK_ROWS, TrainConfig
 from bita_vllm.training.curves import Curve
 from bita_vllm.training.distributed import Processes
 from bita_vllm.training.loss import LossResult, mask_loss, mask_weights
@@ -37,28 +39,8 @@ from bita_vllm.training.muon import Muon
 CHECKPOINT_FILE = "training_state.safetensors"
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """Training that cannot start or go on; the message is one sentence that says what to do."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What decides the result. A checkpoint can be resumed only with the same values."""
-
-    steps: int = 1000
-    batch_size: int = 4  # sequences a step
-    groups: int = 64  # mask groups a sequence
-    max_length: int = 2048  # tokens of a sequence that are used
-    lr: float = 3e-2  # mask embeddings and prompt tokens
-    lora_lr: float = 6e-3
-    warmup: int = 10  # steps
-    weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the gradient
-    distill: float = 1.0  # share of KL against cross-entropy
-    mask_decay: float = 1.0  # weight of Mj is mask_decay^(j-1)
-    reach_power: float = 0.0  # loss.py
-    ema: float = 0.0  # decay of the averaged weights that are saved; 0: the last weights
-    seed: int = 0
 
 
 class Trainer:
@@ -71,7 +53,7 @@ class Trainer:
         config: TrainConfig,
         out: str | Path,
         provenance: dict[str, Any] | None = None,
-        chunk_rows: int = 256,
+        chunk_rows: int = CHUNK_ROWS,
         processes: Processes | None = None,
     ) -> None:
         """`provenance` (model, data, versions, command) goes into the adapter's config; logits

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
+from bita_vllm.system.errors import UserError
 from bita_vllm.system.file_schemas import LadderSchema, check, read_json, shortened
 from bita_vllm.tree.template import Template, TemplateError, TemplateTable
 from bita_vllm.tree.template_set import TemplateSet, templates_of
@@ -26,7 +27,7 @@ FORMAT_VERSION = 2
 PLAIN_WIDTH = 0
 
 
-class LadderError(ValueError):
+class LadderError(UserError):
     """A ladder that cannot be used; the message is one sentence for the user."""
 
 

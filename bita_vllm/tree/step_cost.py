@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from bita_vllm.adapter.model_size import ModelSize
+from bita_vllm.system.errors import UserError
 from bita_vllm.system.machine import DeviceSpeed
 
 # Of a GPU step, in seconds; assumptions that come to 0.7 ms for plain vLLM with an 8B model.
@@ -37,7 +38,7 @@ class StepCost(Protocol):
         """rows == requests is plain decoding."""
 
 
-class CostError(ValueError):
+class CostError(UserError):
     """Cost measurements that cannot be used; the message is one sentence for the user."""
 
 

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
+from bita_vllm.system.errors import UserError
 from bita_vllm.system.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
 from bita_vllm.tree.shape import TreeShape
 
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError):
     """A tree template that cannot be used; the message is one sentence for the user."""
 
 

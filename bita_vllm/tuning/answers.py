@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bita_vllm.scheduling.online import LENGTH_DEVIATION, SURE
-from bita_vllm.training.generate import GenerateConfig, Generator
+from bita_vllm.training.configs import GenerateConfig
+from bita_vllm.training.generate import Generator
 from bita_vllm.training.own_prompts import UserTurn
 from bita_vllm.training.samples import DataError
 from bita_vllm.tree.ladder import PLAIN_WIDTH

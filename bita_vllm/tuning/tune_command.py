@@ -74,25 +74,15 @@ def _defaults(option: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune and print; returns the exit code."""
-    from bita_vllm.adapter.config import AdapterError
-    from bita_vllm.training.samples import DataError
-    from bita_vllm.tree import TemplateError
-    from bita_vllm.tree.ladder import LadderError
-    from bita_vllm.tree.step_cost import CostError
-
-    try:
-        ladder, choices, path = tune(args)
-    except (AdapterError, CostError, DataError, LadderError, TemplateError) as error:
-        print(f"bita: {error}", file=sys.stderr)
-        return 1
+    """Tune and print; returns the exit code. Raises UserError."""
+    ladder, choices, path = tune(args)
     _print_table(ladder, choices)
     print(f"written: {path}")
     return 0
 
 
 def tune(args: argparse.Namespace) -> tuple[Ladder, list[Choice], Path]:
-    """The ladder, what it was chosen by, where it was saved. Raises what `run` prints."""
+    """The ladder, what it was chosen by, where it was saved. Raises UserError."""
     from bita_vllm.adapter.checkpoint import resolve_adapter_dir
     from bita_vllm.adapter.config import AdapterConfig
     from bita_vllm.system import platform

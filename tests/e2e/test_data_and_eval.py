@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
 
 from bita_vllm import cli
-from bita_vllm.training.generate import GenerateConfig, Generator
+from bita_vllm.training.configs import GenerateConfig
+from bita_vllm.training.generate import Generator
 from bita_vllm.training.own_prompts import PromptFilter
 from bita_vllm.training.samples import Sample, SampleWriter, chat_prompt_ids, read_samples
 from bita_vllm.tree import Template

@@ -1,10 +1,11 @@
-"""`bita doctor`: says what is well and what is not, in a table and in JSON, with an exit code."""
+"""`bita doctor` says what is well and what is not, in a table and in JSON; every command ends with an exit code."""
 
 import json
 import os
 import re
 import shutil
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,8 +14,16 @@ from vllm.platforms.interface import Platform, PlatformEnum, UnspecifiedPlatform
 
 from bita_vllm import cli, doctor, hooks, patches, support
 from bita_vllm.adapter.checkpoint import random_adapter, save_adapter
-from bita_vllm.adapter.config import ModelShape
+from bita_vllm.adapter.config import AdapterError, ModelShape
 from bita_vllm.adapter.deltas import MaskLoraWeights
+from bita_vllm.step.settings import ConfigError
+from bita_vllm.system.file_schemas import SchemaError
+from bita_vllm.training.configs import GenerateConfig, TrainConfig
+from bita_vllm.training.samples import DataError
+from bita_vllm.training.trainer import TrainingError
+from bita_vllm.tree import TemplateError
+from bita_vllm.tree.ladder import LadderError
+from bita_vllm.tree.step_cost import CostError
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +211,42 @@ def test_what_the_system_refuses_is_a_sentence(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 1
     error = capsys.readouterr().err.strip()
     assert "No space left on device" in error and "/somewhere" in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AdapterError,
+        ConfigError,
+        CostError,
+        DataError,
+        LadderError,
+        SchemaError,
+        TemplateError,
+        TrainingError,
+    ],
+)
+def test_what_a_user_can_put_right_is_a_sentence(capsys, monkeypatch, error):
+    def run(args):
+        raise error("--steps is 0, but must be at least 1.")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "bita: --steps is 0, but must be at least 1.\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "config"),
+    [
+        (["train", "model", "--data", "a.jsonl", "--out", "adapter"], TrainConfig()),
+        (["data", "model", "--out", "a.jsonl"], GenerateConfig()),
+    ],
+    ids=["train", "data"],
+)
+def test_defaults_are_the_settings_own(argv, config, capsys):
+    args = vars(cli.make_parser().parse_args(argv))
+    assert {name: args[name] for name in asdict(config)} == asdict(config)
+    with pytest.raises(SystemExit):
+        cli.main([argv[0], "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {config.batch_size})" in shown

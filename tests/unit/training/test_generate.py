@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from bita_vllm import cli
-from bita_vllm.training.generate import MAX_BARREN_BATCHES, GenerateConfig, Generator
+from bita_vllm.training.configs import GenerateConfig
+from bita_vllm.training.generate import MAX_BARREN_BATCHES, Generator
 from bita_vllm.training.own_prompts import PromptFilter, UserTurn
 from bita_vllm.training.samples import DataError, SampleWriter, chat_prompt_ids, read_samples
 

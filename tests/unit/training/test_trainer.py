@@ -16,11 +16,12 @@ from bita_vllm.adapter.checkpoint import Adapter
 from bita_vllm.adapter.config import AdapterError
 from bita_vllm.training import mask_attention, mask_flex
 from bita_vllm.training.batches import IGNORED, BatchPlan, make_batch, usable_roots
+from bita_vllm.training.configs import TrainConfig
 from bita_vllm.training.initial import new_model
 from bita_vllm.training.mask_lora import MaskLora
 from bita_vllm.training.mask_model import MaskModel
 from bita_vllm.training.samples import Sample
-from bita_vllm.training.trainer import TrainConfig, Trainer, TrainingError, schedule
+from bita_vllm.training.trainer import Trainer, TrainingError, schedule
 
 K = 3
 CONFIG = TrainConfig(steps=6, batch_size=3, groups=8, warmup=2)
