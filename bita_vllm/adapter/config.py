@@ -15,6 +15,7 @@ from bita_vllm.system.file_schemas import (
     MAX_MASK_TOKENS,
     AcceptanceSchema,
     SchemaError,
+    beyond_masks,
     check,
     read_json,
 )
@@ -194,12 +195,10 @@ def _check_acceptance(acceptance: dict[str, Any], num_masks: int, where: str) ->
             f"The acceptance statistics in {where} cannot be used: {error}; {again}."
         ) from None
     for rows, one in sets.items():
-        longest = max((max(t.groups.values(), default=0) for t in one.templates), default=0)
-        if longest > num_masks:
-            raise AdapterError(
-                f"The template set of {rows} rows in {where} has a mask group of {longest} rows, but the adapter has "
-                f"{num_masks} mask tokens; {again}."
-            )
+        longest = max((template.longest_group for template in one.templates), default=0)
+        deepest = max((template.max_depth for template in one.templates), default=0)
+        if beyond := beyond_masks(longest, deepest, num_masks):
+            raise AdapterError(f"The template set of {rows} rows in {where} has {beyond}; {again}.")
 
 
 def _entry(raw: dict[str, Any], key: str, kind: type[_T], where: str) -> _T:

@@ -67,6 +67,31 @@ class TemplateSchema(_Schema):
         max_length=MAX_ROWS
     )
 
+    @property
+    def longest_group(self) -> int:
+        """Rows of the longest mask group."""
+        return max(self.groups.values(), default=0)
+
+    @property
+    def max_depth(self) -> int:
+        """Deepest draft node; nodes whose parent does not come before them count as the root."""
+        depths = [0]
+        for parent, _ in self.nodes:
+            depths.append(depths[parent] + 1 if 0 <= parent < len(depths) else 0)
+        return max(depths)
+
+
+def beyond_masks(longest_group: int, max_depth: int, num_masks: int) -> str | None:
+    """What of a tree is beyond an adapter's masks, as what follows 'the tree has'; None if they reach all of it."""
+    if longest_group > num_masks:
+        return f"a mask group of {longest_group} rows, but the adapter has {num_masks} mask tokens"
+    if max_depth > num_masks:
+        return (
+            f"draft nodes at depth {max_depth}, but the adapter's {num_masks} mask tokens predict no further than as "
+            "many tokens"
+        )
+    return None
+
 
 class TemplateSetSchema(_Schema):
     """Templates of one row budget."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.system.errors import UserError
-from bita_vllm.system.file_schemas import LadderSchema, check, read_json, shortened
+from bita_vllm.system.file_schemas import LadderSchema, beyond_masks, check, read_json, shortened
 from bita_vllm.tree.template import Template, TemplateError, TemplateTable
 from bita_vllm.tree.template_set import TemplateSet, templates_of
 
@@ -134,16 +134,10 @@ class Ladder:
     def check(self, num_masks: int) -> None:
         """Raise LadderError unless an adapter with k = `num_masks` can serve every template."""
         longest = max(one.num_masks for one in self.template_sets)
-        if longest > num_masks:
-            raise LadderError(
-                f"The ladder has a mask group of {longest} rows, but the adapter has {num_masks} mask tokens; "
-                "make a ladder for this adapter with 'bita tune'."
-            )
         deepest = max(one.max_depth for one in self.template_sets)
-        if deepest > num_masks:
+        if beyond := beyond_masks(longest, deepest, num_masks):
             raise LadderError(
-                f"The ladder has draft nodes at depth {deepest}, but the adapter's {num_masks} mask tokens predict no "
-                "further than as many tokens; make a ladder for this adapter with 'bita tune'."
+                f"The ladder has {beyond}; make a ladder for this adapter with 'bita tune'."
             )
 
     @cached_property

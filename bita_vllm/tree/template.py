@@ -20,7 +20,7 @@ import numpy as np
 
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.system.errors import UserError
-from bita_vllm.system.file_schemas import MAX_ROWS, TemplateSchema, check, read_json
+from bita_vllm.system.file_schemas import MAX_ROWS, TemplateSchema, beyond_masks, check, read_json
 from bita_vllm.tree.shape import TreeShape
 
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
@@ -216,15 +216,9 @@ class Template:
             template = cls.load(text)
         else:
             return None
-        if template.num_masks > num_masks:
+        if beyond := beyond_masks(template.num_masks, template.max_depth, num_masks):
             raise TemplateError(
-                f"Tree {text!r} has a mask group of {template.num_masks} rows, but the adapter has "
-                f"{num_masks} mask tokens; use shorter groups."
-            )
-        if template.max_depth > num_masks:
-            raise TemplateError(
-                f"Tree {text!r} has draft nodes at depth {template.max_depth}, but the adapter's {num_masks} mask "
-                "tokens predict no further than as many tokens; use a tree of fewer depths."
+                f"Tree {text!r} has {beyond}; use a tree of shorter groups and fewer depths."
             )
         return template
 

@@ -285,9 +285,15 @@ def changed_acceptance(tmp_path: Path, change: Callable[[dict], None]) -> Path:
             lambda a: a["template_sets"]["16"]["templates"][0]["groups"].__setitem__("0", 9),
             ["16 rows", "9 rows", "3 mask tokens"],
         ),
+        (
+            lambda a: a["template_sets"]["16"]["templates"][0].__setitem__(
+                "nodes", [[row, 0] for row in range(5)]
+            ),
+            ["16 rows", "depth 5", "3 mask tokens"],
+        ),
         (lambda a: a["template_sets"]["5"].__setitem__("gain", 1e6), ["gain", "1000000"]),
     ],
-    ids=["nan", "over-1", "masks-it-lacks", "gain"],
+    ids=["nan", "over-1", "masks-it-lacks", "deeper-than-masks", "gain"],
 )
 def test_statistics_that_say_nonsense_are_refused(tmp_path, change, facts):
     with pytest.raises((AdapterError, TemplateError)) as error:
