@@ -100,13 +100,3 @@ class LineChoice:
             reach = reach * accepted.gather(2, ancestor[lines])
         promise = (reach * self.weight[lines]).sum(dim=-1)
         return lines.gather(1, promise.argmax(dim=1, keepdim=True))[:, 0]
-
-
-def probabilities_of(
-    # [rows, ranks]
-    top: torch.Tensor,
-    # [rows, V]
-    logits: torch.Tensor,
-) -> torch.Tensor:
-    """`[rows, ranks]` fp32 probability of each row's top logits."""
-    return (top.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp()

@@ -100,11 +100,6 @@ class TreeBatch:
             group=column((shape.group for shape in shapes), 0),
         )
 
-    @property
-    def num_rows(self) -> np.ndarray:
-        """`[C]` rows of the step block."""
-        return 1 + (self.rank >= 0).sum(axis=1) + self.group.sum(axis=1)
-
     def depth(self) -> np.ndarray:
         """`[C, N]` distance from the root; 0 in padding."""
         depth = np.zeros(self.parent.shape, dtype=np.int64)

@@ -90,11 +90,6 @@ class TemplateSet:
         return self.first.describe() + (f"; or one of {more} other trees" if more else "")
 
 
-def sets_of_one(templates: Iterable[Template]) -> tuple[TemplateSet, ...]:
-    """Each template in a set of its own."""
-    return tuple(TemplateSet((template,)) for template in templates)
-
-
 def templates_of(sets: Iterable[TemplateSet]) -> tuple[Template, ...]:
     """All templates, set after set: the order of a `TemplateTable` of sets."""
     return tuple(template for one in sets for template in one.templates)

@@ -16,12 +16,12 @@ import pytest
 from e2e.engines import Requests, differences, generate, make_adapter, metric, run
 from e2e.inspection import StepRecord, known, oracle, recorded_steps
 from testbed.engines import ON_GPU_RUNNER, engine
+from tree_tools import sets_of_one
 from vllm import SamplingParams
 
 from bita_vllm.scheduling.scheduler import BitaScheduler, depth_of_line
 from bita_vllm.tree import Template, TemplateTable
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
-from bita_vllm.tree.template_set import sets_of_one
 
 pytestmark = [pytest.mark.slow] if ON_GPU_RUNNER else []
 VOCAB_SIZE = 64

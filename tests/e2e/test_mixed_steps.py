@@ -20,6 +20,7 @@ from e2e.inspection import known, oracle
 from e2e.kernel_launches import recorded_launches
 from naive_flash import put_in_flash_attention
 from testbed.engines import ON_GPU_RUNNER, engine
+from tree_tools import sets_of_one
 from vllm import SamplingParams
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backends import triton_attn
@@ -34,7 +35,7 @@ from bita_vllm.runner import gpu_deltas as gpu_mask_lora
 from bita_vllm.runner.loading import attention_backend
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
-from bita_vllm.tree.template_set import TemplateSet, saved_sets, sets_of_one
+from bita_vllm.tree.template_set import TemplateSet, saved_sets
 
 pytestmark = [
     pytest.mark.slow,

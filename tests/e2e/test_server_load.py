@@ -17,11 +17,11 @@ import pytest
 from e2e.engines import NEAR_TIE, differences, make_adapter, run
 from e2e.servers import Server, parse_metrics, running_server
 from testbed.engines import ON_GPU_RUNNER, engine
+from tree_tools import sets_of_one
 from vllm import SamplingParams
 
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
-from bita_vllm.tree.template_set import sets_of_one
 
 pytestmark = [
     pytest.mark.slow,

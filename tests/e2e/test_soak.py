@@ -7,10 +7,10 @@ from soak import faults, rows_of, soak, table
 from soak_requests import MIX, count_by_kind, requests
 from testbed.engines import ON_GPU_RUNNER
 from transformers import AutoTokenizer
+from tree_tools import sets_of_one
 
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
-from bita_vllm.tree.template_set import sets_of_one
 
 pytestmark = [
     pytest.mark.slow,

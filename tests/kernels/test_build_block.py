@@ -11,16 +11,16 @@ from bita_kernels.build_block_naive import build_block_naive
 from bita_kernels.choice_table import ChoiceTable
 from bita_kernels.rank_tokens import Ranking
 from bita_kernels.tree_table import TreeTable
-from expectations import ladder_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_trees import int32, templates
+from tree_tools import ladder_of, probabilities_of, sets_of_one
 
 from bita_vllm.step.host import NextBlocks
 from bita_vllm.tree import Template, TemplateTable
-from bita_vllm.tree.choice import LineChoice, probabilities_of
+from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.search import acceptance_table
-from bita_vllm.tree.template_set import TemplateSet, sets_of_one
+from bita_vllm.tree.template_set import TemplateSet
 
 POISON = -7
 ACCEPTANCE = acceptance_table(None, 5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tree_tools import sets_of_one
 from vllm.config.cache import CacheDType
 from vllm.config.utils import replace
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -29,7 +30,6 @@ from bita_vllm.system import platform
 from bita_vllm.system.machine import cpu_name
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import LADDER_FILE, Ladder
-from bita_vllm.tree.template_set import sets_of_one
 
 plugin.register()
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tree_tools import sets_of_one
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu import cudagraph_utils
@@ -16,7 +17,6 @@ from bita_vllm.step import graphs
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.step_cost import MeasuredCost
-from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.profile import graph_sizes, profile_ladder
 
 # batch sizes -> R-1, as vLLM takes them: rows of a step pass 512, and width 0 is plain decoding

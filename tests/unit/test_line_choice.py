@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from expectations import ladder_of
+from tree_tools import ladder_of, probabilities_of
 
 from bita_vllm.tree import Template
-from bita_vllm.tree.choice import LineChoice, probabilities_of
+from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.markov import state_values
 from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tree.shape import TreeBatch

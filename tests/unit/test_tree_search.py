@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from expectations import expected_length, long_run_of
+from tree_tools import expected_length, long_run_of
 
 from bita_vllm.tree import Template, TemplateError
 from bita_vllm.tree.search import (

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from expectations import long_run_of
+from tree_tools import long_run_of
 
 from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table, best_templates

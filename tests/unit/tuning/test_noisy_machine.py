@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from expectations import long_run_of
+from tree_tools import long_run_of, sets_of_one
 
 from bita_vllm.scheduling.online import WidthPolicy
 from bita_vllm.training.evaluate import acceptance_statistics
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.search import acceptance_table, best_templates
 from bita_vllm.tree.step_cost import MeasuredCost
-from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 MASKS = (0.6, 0.4, 0.28)

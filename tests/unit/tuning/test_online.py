@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from expectations import ladder_of, long_run_of
+from tree_tools import ladder_of, long_run_of, sets_of_one
 from two_kinds import predictions
 
 from bita_vllm.scheduling import accounts
@@ -22,7 +22,7 @@ from bita_vllm.tree.ladder_search import PLAIN, choose_ladder
 from bita_vllm.tree.replay import TreeWalker
 from bita_vllm.tree.search import acceptance_table, best_templates
 from bita_vllm.tree.step_cost import H100_8B, MeasuredCost
-from bita_vllm.tree.template_set import TemplateSet, sets_of_one
+from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 GOOD, POOR = (0.6, 0.4, 0.28), (0.15, 0.08, 0.05)

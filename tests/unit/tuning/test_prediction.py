@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from expectations import long_run_of
 from testbed.recorded_ranks import recorded_predictions, recorded_ranks
+from tree_tools import long_run_of
 
 from bita_vllm.training.evaluate import acceptance_statistics, accepted_lengths, chosen_lengths
 from bita_vllm.training.set_search import find_set

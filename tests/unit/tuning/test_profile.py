@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from tree_tools import sets_of_one
 
 from bita_vllm.adapter.config import ModelShape
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import Ladder, LadderError
 from bita_vllm.tree.step_cost import Point
-from bita_vllm.tree.template_set import sets_of_one
 from bita_vllm.tuning.answers import Answers
 from bita_vllm.tuning.profile import graph_sizes, kv_cache_bytes, profile_ladder
 from bita_vllm.tuning.tune_command import PROFILE_KEYS, _measured_before

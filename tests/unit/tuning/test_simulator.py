@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from testbed.recorded_ranks import recorded_predictions, recorded_ranks
+from tree_tools import sets_of_one
 
 from bita_vllm.adapter.config import AdapterConfig
 from bita_vllm.training.evaluate import (
@@ -19,7 +20,7 @@ from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.ladder_search import choose_ladder
 from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tree.step_cost import H100_8B, MeasuredCost
-from bita_vllm.tree.template_set import saved_sets, sets_of_one
+from bita_vllm.tree.template_set import saved_sets
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
 
 ADAPTER = Path(__file__).parents[3] / "adapters" / "smollm2-135m-instruct"

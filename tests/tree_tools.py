@@ -1,11 +1,12 @@
-"""What a template is expected to bring, one template at a time, and ladders for tests that look at sets alone."""
+"""What tests ask of trees: expectations of one template, sets and ladders of a few, probabilities for a choice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from bita_vllm.tree import Template
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder
@@ -32,3 +33,18 @@ def long_run_of(
 def ladder_of(sets: Sequence[TemplateSet]) -> Ladder:
     """These sets, of ascending widths; its table from batch size to width is not looked at."""
     return Ladder(sets, [(1, 1, PLAIN_WIDTH)])
+
+
+def sets_of_one(templates: Iterable[Template]) -> tuple[TemplateSet, ...]:
+    """Each template in a set of its own."""
+    return tuple(TemplateSet((template,)) for template in templates)
+
+
+def probabilities_of(
+    # [rows, ranks]
+    top: torch.Tensor,
+    # [rows, V]
+    logits: torch.Tensor,
+) -> torch.Tensor:
+    """`[rows, ranks]` fp32 probability of each row's top logits."""
+    return (top.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp()
