@@ -16,10 +16,12 @@ from bita_kernels.add_mask_lora_naive import add_mask_lora_naive
 from bita_kernels.begin_step import begin_step, begin_step_naive
 from bita_kernels.build_block import build_block
 from bita_kernels.build_block_naive import build_block_naive
+from bita_kernels.candidates import Candidates
 from bita_kernels.choice_table import ChoiceTable
 from bita_kernels.extend_paths import Chains, extend_paths, extend_paths_naive
 from bita_kernels.move_kv import LayerCaches, move_kv, move_kv_naive
-from bita_kernels.rank_tokens import Ranking
+from bita_kernels.rank_tokens import Ranking, rank_tokens
+from bita_kernels.rank_tokens_naive import rank_tokens_naive
 from bita_kernels.tree_attention import Workspace, tree_attention
 from bita_kernels.tree_table import TreeTable
 from kernel_cases import Case, Shape
@@ -196,30 +198,53 @@ def walks(device: torch.device) -> Iterator[Check]:
         )
 
 
+def rankings(device: torch.device) -> Iterator[Check]:
+    """Candidates of masks, from a vocabulary that no chunk divides; fewer and more depths than are wanted."""
+    logits = torch.randn(9, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)).to(device)
+    for num_depths, num_ranks in ((1, 1), (2, 2), (3, 5)):
+
+        def error(num_depths: int = num_depths, num_ranks: int = num_ranks) -> float:
+            given = [empty_candidates(num_depths, num_ranks, device) for _ in range(2)]
+            rows = torch.arange(REQUESTS * num_depths, device=device).view(REQUESTS, -1) % 9
+            ranking = Ranking.of(REQUESTS, VOCAB_SIZE, num_depths, num_ranks, device)
+            for function, candidates in zip((rank_tokens, rank_tokens_naive), given, strict=True):
+                function(logits, rows, 2, True, ranking, candidates)
+            mine, theirs = given
+            assert torch.equal(mine.tokens, theirs.tokens)
+            return (mine.chance - theirs.chance).abs().max().item()
+
+        yield f"rank_tokens, {num_depths} depths, {num_ranks} ranks", error
+
+
+def empty_candidates(num_depths: int, num_ranks: int, device: torch.device) -> Candidates:
+    """For requests of one depth, of all, and of none."""
+    candidates = Candidates.empty(REQUESTS, num_depths, num_ranks, device)
+    candidates.depths.copy_(torch.tensor([1, num_depths, 0]))
+    candidates.tokens.fill_(-7)
+    return candidates
+
+
 def blocks(device: torch.device) -> Iterator[Check]:
-    """Candidates from a vocabulary that no chunk divides; ranking and choice of the tree included."""
+    """Choice of the tree included."""
     acceptance = acceptance_table(None, 3)
     for widths in TREES:
         ladder = Ladder.fixed(Template.from_widths(widths, 3))
         table = TreeTable.of(ladder.table, device)
         choice = ChoiceTable.of(LineChoice(ladder, acceptance, device), table.max_rank, device)
-        logits = torch.randn(9, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 
-        def arguments(
-            table: TreeTable = table, choice: ChoiceTable = choice, logits: torch.Tensor = logits
-        ) -> dict[str, Any]:
-            rows = torch.arange(REQUESTS * table.max_depth).view(REQUESTS, -1) % len(logits)
-            depths = torch.full((REQUESTS,), table.max_depth)
+        def arguments(table: TreeTable = table, choice: ChoiceTable = choice) -> dict[str, Any]:
+            candidates = empty_candidates(table.max_depth, table.max_rank, device)
+            candidates.tokens.copy_(
+                torch.arange(candidates.tokens.numel()).view_as(candidates.tokens)
+            )
+            candidates.chance.fill_(0.1)
             return {
-                "logits": logits.to(device),
-                "logits_rows": rows.to(device),
-                "depths": depths.int().to(device),
+                "candidates": candidates,
                 "slots": torch.arange(REQUESTS, device=device).flip(0),
                 "first_mask_id": VOCAB_SIZE,
                 "table": table,
                 "choice": choice,
                 "set_index": 0,
-                "ranking": Ranking.of(REQUESTS, VOCAB_SIZE, table),
                 "draft_tokens": torch.full((REQUESTS, table.num_rows - 1), -7, device=device),
                 "line_of_slot": torch.full((REQUESTS,), -7, dtype=torch.int32, device=device),
             }
@@ -302,7 +327,7 @@ def different(
     return float(any(not torch.equal(mine[name], theirs[name]) for name in names))
 
 
-KINDS = (attention, beginnings, walks, paths, blocks, moves, deltas)
+KINDS = (attention, beginnings, walks, paths, rankings, blocks, moves, deltas)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from attention_model import (
 from deltas_model import AuditedDeltas, CurrentDeltas, Deltas
 
 from bita_vllm.adapter.model_size import ModelSize
-from bita_vllm.runner.gpu_speculator import KNEES_IN_ONE_PASS
+from bita_vllm.runner.gpu_logits import KNEES_IN_ONE_PASS
 from bita_vllm.tree.step_cost import LAYER_OVERHEAD, STEP_OVERHEAD
 
 # --- Devices --------------------------------------------------------------------------------------

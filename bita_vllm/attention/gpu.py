@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     # it does not import everywhere
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
+    from bita_vllm.attention.workspaces import SharedWorkspaces
     from bita_vllm.step.device import StepTrees
 
 
@@ -60,6 +61,16 @@ class TreeTritonAttentionImpl(TritonAttentionImpl):
         """Keep the layer's prompt tokens; returns their bytes."""
         self.prompt_keys, self.prompt_values = keys.contiguous(), values.contiguous()
         return self.prompt_keys.nbytes + self.prompt_values.nbytes
+
+    def attach(
+        self,
+        config: AttentionConfig,
+        workspaces: SharedWorkspaces,
+        flash: FlashAttentionImpl | None,
+    ) -> None:
+        """Take what depends on the whole engine: the kernel's tiles, shared memory, what plain rows run in."""
+        self.config, self.flash = config, flash
+        self.workspace = workspaces.of(self)
 
     def get_impl_variants(self) -> tuple[AttentionImplBase, ...]:
         """Also vLLM's FlashAttention: its metadata builder reads the windows of all layers there."""

@@ -35,9 +35,11 @@ from bita_vllm.runner.cpu_linear import (
 )
 from bita_vllm.runner.cpu_reload import renewed_products
 from bita_vllm.runner.cpu_sampling import GreedyTargets, SampledTargets, constrain_nodes
+from bita_vllm.runner.cpu_step import CPUStep
 from bita_vllm.runner.loading import put_in_adapter, replaced, tree_attention_models
+from bita_vllm.runner.sources import cpu_source
 from bita_vllm.step.block_drafts import BlockDrafts
-from bita_vllm.step.host import NextBlocks, StepBlocks, Walk
+from bita_vllm.step.host import StepBlocks, Walk, fill_blocks
 from bita_vllm.step.settings import DrafterSeat, get_settings
 from bita_vllm.tree import NO_BLOCK
 from bita_vllm.tree.choice import LineChoice
@@ -84,11 +86,8 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.table = settings.ladder.table
         self.choice = LineChoice(settings.ladder, settings.acceptance, torch.device("cpu"))
         self.vocab_size = self.model_config.get_vocab_size()
-        self._blocks: StepBlocks | None = None
-        self._walk: Walk | None = None
-        self._last_nodes: list[int] = []
-        self._mask_logits = torch.zeros(0)
-        self._grammar: GrammarOutput | None = None
+        self.source = cpu_source(lambda rows: self.model.compute_logits(rows))
+        self._step = CPUStep(self.input_batch)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Load the base model with tree attention in its layers, then the adapter."""
@@ -151,7 +150,7 @@ class BitaCPUModelRunner(CPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Stock. If neither this step nor the next has blocks, it is plain vLLM's step, which sees no drafter."""
-        self._blocks = self._walk = None
+        self._step = CPUStep(self.input_batch)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         is_plain = not drafts and scheduler_output.num_spec_tokens_to_schedule == PLAIN_WIDTH
         self.speculative_config = None if is_plain else self.vllm_config.speculative_config
@@ -187,7 +186,7 @@ class BitaCPUModelRunner(CPUModelRunner):
         )
         offset = torch.from_numpy(blocks.depth_of_rows())
         self.positions[: len(offset)] += offset
-        self._blocks = blocks
+        self._step.blocks = blocks
         if self._step_mask_rows is not None:
             self._step_mask_rows.set(blocks.mask_rows())
         rows = np.concatenate([blocks.node_rows(), blocks.mask_rows()])
@@ -198,16 +197,13 @@ class BitaCPUModelRunner(CPUModelRunner):
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple:
         """Stock metadata, with the step's blocks in it."""
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
-        blocks = self._blocks
-        if blocks is not None and self._has_blocks():
+        blocks = self._step.blocks
+        if blocks is not None and self._step.has_blocks:
             context_len = self.input_batch.num_computed_tokens_cpu[: len(blocks.line)]
             for layer_names in self._metadata_groups(metadata):
                 shared = metadata[layer_names[0]]
                 shared.tree = TreeMetadata(blocks, context_len, shared.block_table)
         return metadata, common
-
-    def _has_blocks(self) -> bool:
-        return self._blocks is not None and bool((self._blocks.line >= 0).any())
 
     @staticmethod
     def _metadata_groups(metadata: dict[str, Any]) -> list[list[str]]:
@@ -221,25 +217,28 @@ class BitaCPUModelRunner(CPUModelRunner):
 
         In a step with blocks there is a bitmask for every node. `_sample` applies them, as stock would miscount rows.
         """
-        blocks, has_blocks = self._blocks, self._has_blocks()
-        self._grammar = grammar_output if has_blocks else None
-        output = super().sample_tokens(None if has_blocks else grammar_output)
-        if output is not None and blocks is not None:
-            output.block_lines = blocks.line.tolist()
-            output.last_nodes = self._last_nodes
+        step = self._step
+        step.grammar = grammar_output if step.has_blocks else None
+        output = super().sample_tokens(None if step.has_blocks else grammar_output)
+        self._step = CPUStep(self.input_batch)  # vLLM's dummy steps have no blocks
+        if output is not None and step.blocks is not None and step.walk is not None:
+            output.block_lines = step.blocks.line.tolist()
+            output.last_nodes = step.walk.last_node.tolist()
         if output is not None:
             output.cpu_clock = time.process_time()
         return output
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: None) -> SamplerOutput:
         """Walk every tree; accepted rows move to their KV slots."""
-        batch, blocks = self.input_batch, self._blocks
+        batch, step = self.input_batch, self._step
+        blocks = step.blocks
         if blocks is None:
             return super()._sample(logits, spec_decode_metadata)
         num_node_rows = int(blocks.num_nodes.sum())
-        logits, self._mask_logits = logits[:num_node_rows], logits[num_node_rows:]
-        if self._grammar is not None:
-            constrain_nodes(logits, blocks, batch.req_ids, self._grammar)
+        if len(logits) > num_node_rows:
+            logits, step.mask_logits = logits[:num_node_rows], logits[num_node_rows:]
+        if step.grammar is not None:
+            constrain_nodes(logits, blocks, batch.req_ids, step.grammar)
         node_tokens = self.input_ids.np[blocks.node_rows()]
         emitting = ~self.discard_request_mask.np[: batch.num_reqs]
         targets: GreedyTargets | SampledTargets
@@ -248,12 +247,10 @@ class BitaCPUModelRunner(CPUModelRunner):
         else:
             targets = SampledTargets(self.sampler, batch, logits)
         try:
-            walk = blocks.walk(node_tokens, targets, emitting)
+            walk = step.walk = blocks.walk(node_tokens, targets, emitting)
         finally:
             targets.close()
         self._move_accepted(walk)
-        self._walk = walk
-        self._last_nodes = walk.last_node.tolist()
         longest = max(int(walk.num_emitted.max()), 1)
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(walk.tokens[:, :longest].astype(np.int32)),
@@ -307,42 +304,18 @@ class BitaCPUModelRunner(CPUModelRunner):
         hidden_states: torch.Tensor,
         *args: Any,
     ) -> list[list[int]]:
-        """Return the draft tokens of the next blocks: top tokens of the chosen mask groups, and mask ids."""
-        blocks, walk = self._blocks, self._walk
-        self._blocks = self._walk = None
+        """Return the draft tokens of the next blocks: candidates, and mask ids."""
         if self._step_mask_rows is not None:
             self._step_mask_rows.num.zero_()  # vLLM's dummy steps have none
-        num_requests = self.input_batch.num_reqs
         # The scheduler chose it for the next blocks.
         width = scheduler_output.num_spec_tokens_to_schedule
         if width == PLAIN_WIDTH:
-            return [[] for _ in range(num_requests)]
+            return [[] for _ in range(self.input_batch.num_reqs)]
         index = self.settings.ladder.widths.index(width)
         templates = self.settings.ladder.template_sets[index]
-        if blocks is None or walk is None:
-            upcoming = NextBlocks.without_candidates(self.table, num_requests)
-        else:
-            upcoming = blocks.next_blocks(walk, templates.max_depth)
-        mask_rows = upcoming.mask_rows[upcoming.mask_rows >= 0]
-        if blocks is None or not len(mask_rows):
-            top_tokens = torch.zeros(0, templates.max_rank, dtype=torch.int64)
-            probabilities = torch.zeros(0, templates.max_rank)
-        else:
-            if len(self._mask_logits):
-                logits = self._mask_logits
-                rows = torch.from_numpy(np.searchsorted(blocks.mask_rows(), mask_rows))
-            else:
-                logits = self.model.compute_logits(hidden_states[torch.from_numpy(mask_rows)])
-                rows = torch.arange(len(mask_rows))
-            top_tokens, probabilities = torch.ops.bita.top_tokens_cpu(
-                logits, rows, templates.max_rank
-            )
-        line = self.choice(
-            index,
-            torch.from_numpy(upcoming.depths),
-            torch.from_numpy(upcoming.by_depth(probabilities.numpy())),
-        ).numpy()
-        drafts = upcoming.fill(self.table, line, top_tokens.numpy(), self.vocab_size)
+        candidates = self.source(self._step, hidden_states, templates)
+        line = self.choice(index, candidates.depths, candidates.chance).numpy()
+        drafts = fill_blocks(self.table, line, candidates.tokens.numpy(), self.vocab_size)
         # The line is kept in vLLM's state of the request, which ends with the request even in steps without its rows.
         requests: dict[str, Any] = self.requests
         for request_id, own in zip(self.input_batch.req_ids, line.tolist(), strict=True):

@@ -44,8 +44,10 @@ from bita_vllm.runner.delta_layers import in_dtype
 from bita_vllm.runner.gpu_deltas import CountedMaskRows, add_mask_lora_to_blocks
 from bita_vllm.runner.gpu_grammar import BlockDraftsHandler, NodeGrammar
 from bita_vllm.runner.gpu_graphs import WidthGraphManager
+from bita_vllm.runner.gpu_logits import parts_of, rows_in_one_pass
 from bita_vllm.runner.gpu_sampling import NodeRows, TreeSampler
-from bita_vllm.runner.gpu_speculator import BlockSpeculator, parts_of, rows_in_one_pass
+from bita_vllm.runner.gpu_speculator import BlockSpeculator
+from bita_vllm.runner.gpu_step import GPUStep
 from bita_vllm.runner.loading import (
     keep_through_sleep,
     put_in_adapter,
@@ -71,8 +73,18 @@ class BitaModelState(DefaultModelState):
         captures_deltas: whether the piecewise graph that is captured will replay in steps with blocks.
     """
 
-    trees: StepTrees
     captures_deltas = False
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: Any,
+        device: torch.device,
+        trees: StepTrees,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.trees = trees
 
     def prepare_attn(
         self,
@@ -115,7 +127,11 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self, vllm_config: VllmConfig, device: torch.device, req_states: Any
     ) -> BlockSpeculator:
         return BlockSpeculator(
-            vllm_config.scheduler_config.max_num_seqs, self.settings.num_speculative_tokens, device
+            vllm_config.scheduler_config.max_num_seqs,
+            self.settings.num_speculative_tokens,
+            vllm_config.model_config.get_vocab_size(),
+            req_states,
+            device,
         )
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -134,7 +150,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             self.structured_outputs_worker, trees.most_nodes, self.max_num_reqs
         )
         self.node_grammar.warm_up(self.vocab_size, self.dtype)
-        self.speculator.load(self.model, trees, self.vocab_size)
+        self.speculator.attach(self.model, trees)
         self.draft_tokens_handler = BlockDraftsHandler(self.device, trees.line_of_slot)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
         keep_through_sleep(
@@ -142,6 +158,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             trees,
             trees.table,
             trees.choice,
+            self.speculator.source,
             self.node_grammar,
             self.tree_sampler,
             *(layer.impl for layer in layers),
@@ -168,29 +185,25 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             device,
             CountedMaskRows,
         )
-        state = BitaModelState(vllm_config, model, encoder_cache, device)
-        state.trees = StepTrees(
+        trees = StepTrees(
             self.settings.ladder,
             self.settings.acceptance,
             self.max_num_reqs,
             device,
+            lora_rows,
+            rows_in_one_pass(
+                vllm_config.parallel_config.tensor_parallel_size,
+                vllm_config.model_config.get_vocab_size(),
+                speed_of_first_gpu(),
+            ),
         )
         workspaces = SharedWorkspaces(
             self.settings.template.num_rows, self.max_num_reqs, self.max_model_len, device
         )
         for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
-            layer.impl.config = self._attention_config(layer.impl)
-            layer.impl.workspace = workspaces.of(layer.impl)
-            layer.impl.flash = flash_attention(
-                layer.impl, self.dtype, vllm_config.cache_config.block_size
-            )
-        state.trees.lora_rows = lora_rows
-        state.trees.rows_in_one_pass = rows_in_one_pass(
-            vllm_config.parallel_config.tensor_parallel_size,
-            vllm_config.model_config.get_vocab_size(),
-            speed_of_first_gpu(),
-        )
-        return state
+            flash = flash_attention(layer.impl, self.dtype, vllm_config.cache_config.block_size)
+            layer.impl.attach(self._attention_config(layer.impl), workspaces, flash)
+        return BitaModelState(vllm_config, model, encoder_cache, device, trees)
 
     def _attention_config(self, impl: TreeTritonAttentionImpl) -> AttentionConfig:
         return AttentionConfig.choose(
@@ -270,7 +283,8 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         two columns are the line of each request's block and where its walk stopped (`BlockOutput`).
         """
         trees, n = self.model_state.trees, input_batch.num_reqs
-        self.speculator.logits = None
+        step = GPUStep(input_batch)
+        self.speculator.follow(step)
         if input_batch.num_draft_tokens == 0:
             return super().sample(hidden_states, input_batch, grammar_output)
         # New ones for every step, as they travel to the host while the next step runs.
@@ -278,7 +292,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         tokens = torch.empty(n, steps + 2, dtype=torch.int64, device=self.device)
         num_emitted = torch.empty(n, dtype=torch.int32, device=self.device)
         scores = [
-            self._walk(hidden_states, input_batch, part, grammar_output, tokens, num_emitted)
+            self._walk(hidden_states, step, part, grammar_output, tokens, num_emitted)
             for part in parts_of(n, trees.num_nodes, self.vocab_size)
         ]
         for caches, block_table in zip(self.layer_caches, trees.block_tables, strict=True):
@@ -304,7 +318,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         self,
         # [rows, H]
         hidden_states: torch.Tensor,
-        input_batch: InputBatch,
+        step: GPUStep,
         part: slice,
         grammar_output: GrammarOutput | None,
         # outputs of `StepTrees.walk`, for all requests
@@ -315,10 +329,10 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
 
         Logits of mask rows, where they come along, stay for the next blocks: nothing here changes those.
         """
-        trees = self.model_state.trees
+        trees, input_batch = self.model_state.trees, step.batch
         logits = self.model.compute_logits(hidden_states[trees.rows_of(part)])
         if trees.num_masks:
-            self.speculator.logits = logits
+            step.logits = logits
             logits = logits[trees.nodes_of(part)]
         if grammar_output is not None:
             self.node_grammar.constrain(logits, part, input_batch, grammar_output, trees)

@@ -39,9 +39,6 @@ class StepTrees:
         rows_in_one_pass: most rows that get logits at once for nodes and mask rows together.
     """
 
-    lora_rows: MaskRows | None = None
-    rows_in_one_pass = 0
-
     def __init__(
         self,
         ladder: Ladder,
@@ -49,10 +46,13 @@ class StepTrees:
         acceptance: np.ndarray,
         max_num_reqs: int,
         device: torch.device,
+        lora_rows: MaskRows | None = None,
+        rows_in_one_pass: int = 0,
     ) -> None:
         def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
 
+        self.lora_rows, self.rows_in_one_pass = lora_rows, rows_in_one_pass
         self.table = table = TreeTable.of(ladder.table, device)
         choice = LineChoice(ladder, acceptance, torch.device("cpu"))
         self.choice = ChoiceTable.of(choice, table.max_rank, device)

@@ -108,13 +108,13 @@ class StepBlocks:
             node = np.where(walking, child.argmax(axis=1), node)
         return Walk(tokens=tokens, path=path, num_emitted=(tokens >= 0).sum(axis=1), last_node=node)
 
-    def next_blocks(self, walk: Walk, max_depth: int) -> NextBlocks:
-        """Return how deep the next blocks can be, at most `max_depth`, and the mask rows whose logits fill them."""
+    def chosen_masks(self, walk: Walk, max_depth: int) -> ChosenMasks:
+        """Return the mask rows whose predictions are still ahead where each walk stopped, of at most `max_depth`."""
         rows = self.table.candidate_rows[self.line, walk.last_node]
         usable = (rows >= 0) & (rows < self.num_rows[:, None]) & (self.line >= 0)[:, None]
         depths = np.minimum(np.cumprod(usable, axis=1).sum(axis=1), max_depth)
         usable = np.arange(rows.shape[1]) < depths[:, None]
-        return NextBlocks(depths, np.where(usable, self.first_row[:, None] + rows, -1))
+        return ChosenMasks(depths, np.where(usable, self.first_row[:, None] + rows, -1))
 
 
 @dataclass
@@ -142,55 +142,46 @@ class Walk:
 
 
 @dataclass
-class NextBlocks:
-    """The candidates that the blocks of the next step can have.
+class ChosenMasks:
+    """The mask rows of a step whose logits give candidates for the next blocks.
 
     Attributes:
-        depths: `[B]` depths that have candidates.
-        mask_rows: `[B, max_depth]` row of the step whose logits give the candidates of depth d+1, -1 if none.
+        depths: `[B]` depths that have one.
+        rows: `[B, max_depth]` row of the step that predicts depth d+1, -1 if none.
     """
 
     depths: np.ndarray
-    mask_rows: np.ndarray
-
-    @classmethod
-    def without_candidates(cls, table: TemplateTable, num_requests: int) -> NextBlocks:
-        """Return the candidates after a step without blocks: none."""
-        return cls(
-            np.zeros(num_requests, dtype=np.int64), np.full((num_requests, table.max_depth), -1)
-        )
+    rows: np.ndarray
 
     def by_depth(
         self,
-        # [number of mask_rows >= 0, ...]
+        # [number of rows >= 0, ...]
         of_rows: np.ndarray,
     ) -> np.ndarray:
         """`[B, max_depth, ...]` values of the chosen mask rows by the depth they predict; zero where it has none."""
-        spread = np.zeros((*self.mask_rows.shape, *of_rows.shape[1:]), dtype=of_rows.dtype)
-        spread[self.mask_rows >= 0] = of_rows
+        spread = np.zeros((*self.rows.shape, *of_rows.shape[1:]), dtype=of_rows.dtype)
+        spread[self.rows >= 0] = of_rows
         return spread
 
-    def fill(
-        self,
-        table: TemplateTable,
-        # [B] line of each next block, of no more depths than have candidates
-        line: np.ndarray,
-        # [number of mask_rows >= 0, ranks that the lines use], most likely token first
-        top_tokens: np.ndarray,
-        first_mask_id: int,
-    ) -> list[list[int]]:
-        """Return each request's draft tokens: candidates in the order of the template's nodes, then mask ids."""
-        candidates = self.by_depth(top_tokens)
-        depth, rank = table.depth[line, 1:], table.rank[line, 1:]
-        mask_index = table.mask_index[line, 1:]
-        is_node = rank >= 0
-        request = np.arange(len(line))[:, None]
-        block = np.where(
-            is_node,
-            candidates[request, np.where(is_node, depth - 1, 0), np.where(is_node, rank, 0)],
-            first_mask_id + mask_index,
-        )
-        return [
-            row[:n]
-            for row, n in zip(block.tolist(), (table.num_rows[line] - 1).tolist(), strict=True)
-        ]
+
+def fill_blocks(
+    table: TemplateTable,
+    # [B] line of each next block, of no more depths than have candidates
+    line: np.ndarray,
+    # [B, depths, ranks that the lines use] candidates
+    tokens: np.ndarray,
+    first_mask_id: int,
+) -> list[list[int]]:
+    """Return each request's draft tokens: candidates in the order of the template's nodes, then mask ids."""
+    depth, rank = table.depth[line, 1:], table.rank[line, 1:]
+    mask_index = table.mask_index[line, 1:]
+    is_node = rank >= 0
+    request = np.arange(len(line))[:, None]
+    block = np.where(
+        is_node,
+        tokens[request, np.where(is_node, depth - 1, 0), np.where(is_node, rank, 0)],
+        first_mask_id + mask_index,
+    )
+    return [
+        row[:n] for row, n in zip(block.tolist(), (table.num_rows[line] - 1).tolist(), strict=True)
+    ]

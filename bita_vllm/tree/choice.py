@@ -82,18 +82,18 @@ class LineChoice:
     def __call__(
         self,
         index: int,
-        # [B] int, depths that have candidates, at most those of the set
+        # [B] int, depths that have candidates; of more than the set's, the set's count
         depths: torch.Tensor,
-        # [B, depths of the set or more, its ranks or more] P(candidate of rank r at depth d+1); anything
+        # [B, one depth or more, the set's ranks or more] P(candidate of rank r at depth d+1); anything
         # where there are none
-        probabilities: torch.Tensor,
+        chance: torch.Tensor,
     ) -> torch.Tensor:
         """`[B]` int64, line of the table for each request's next block: one of set `index`, or of its first."""
-        lines = self.lines[index][depths.long()]  # [B, templates]
+        lines = self.lines[index][depths.long().clamp(max=self.max_depths[index])]  # [B, templates]
         if self.num_templates[index] == 1:
             return lines[:, 0]
-        flat = probabilities.flatten(1)[:, None].expand(-1, lines.shape[1], -1)
-        place = self.place[lines] * probabilities.shape[2] + self.rank[lines]
+        flat = chance.flatten(1)[:, None].expand(-1, lines.shape[1], -1)
+        place = self.place[lines] * chance.shape[2] + self.rank[lines]
         accepted = torch.where(self.is_draft[lines], flat.gather(2, place), 1.0)
         reach = accepted
         for ancestor in self.ancestors:

@@ -55,12 +55,12 @@ def _record_cpu(patch: pytest.MonkeyPatch, steps: list[StepRecord]) -> None:
 
     def recording(self: BitaCPUModelRunner, *args: Any) -> Any:
         output = sample(self, *args)
-        requests, walk = self.input_batch.req_ids, self._walk
-        if self._blocks is None:  # a plain step
+        requests, step = self.input_batch.req_ids, self._step
+        if step.blocks is None:  # a plain step
             for request, token in zip(requests, output.sampled_token_ids.tolist(), strict=True):
                 steps.append(StepRecord(request, NO_BLOCK, [0], token))
         else:
-            lines = self._blocks.line.tolist()
+            lines, walk = step.blocks.line.tolist(), step.walk
             _append(steps, requests, lines, walk.path, walk.tokens, walk.num_emitted)
         return output
 
@@ -116,7 +116,7 @@ def _groups_cpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> No
     propose = BitaCPUModelRunner.propose_draft_token_ids
 
     def recording(self: BitaCPUModelRunner, *args: Any) -> Any:
-        hidden_states, blocks = args[3], self._blocks
+        hidden_states, blocks = args[3], self._step.blocks
         if blocks is None:  # a plain step
             return propose(self, *args)
         for request, line, first in zip(
@@ -149,7 +149,7 @@ def _groups_gpu(patch: pytest.MonkeyPatch, groups: Groups, num_masks: int) -> No
         for request, line, first in zip(batch.req_ids, lines, first_rows, strict=False):
             if line >= 0:
                 rows = first + _group_of_root(self.trees.table, line, num_masks)
-                logits = self.compute_logits(hidden_states[rows])
+                logits = self.source.compute_logits(hidden_states[rows])
                 groups[request.split("-")[0]][int(batch.positions[first])] = logits.clone()
         return propose(self, batch, metadata, slots, hidden_states, *args, **kwargs)
 
@@ -248,38 +248,33 @@ class _Candidates:
 
 
 def _oracle_cpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:
+    from bita_vllm.runner import cpu
     from bita_vllm.runner.cpu import BitaCPUModelRunner
-    from bita_vllm.step.host import NextBlocks
 
     next_candidates = _Candidates()
     runners: list[BitaCPUModelRunner] = []
-    propose, fill = BitaCPUModelRunner.propose_draft_token_ids, NextBlocks.fill
+    propose, fill = BitaCPUModelRunner.propose_draft_token_ids, cpu.fill_blocks
 
     def proposing(self: BitaCPUModelRunner, *args: Any) -> Any:
         runners[:] = [self]
         return propose(self, *args)
 
     def filling(
-        self: NextBlocks,
-        table: TemplateTable,
-        lines: np.ndarray,
-        top_tokens: np.ndarray,
-        first_mask_id: int,
+        table: TemplateTable, lines: np.ndarray, tokens: np.ndarray, first_mask_id: int
     ) -> Any:
         (runner,) = runners
-        candidates = []
-        for request, line, depths in zip(
-            runner.input_batch.req_ids, lines.tolist(), self.depths.tolist(), strict=True
+        known = np.zeros((len(lines), table.max_depth, table.rank.max() + 1), dtype=np.int64)
+        for i, (request, line) in enumerate(
+            zip(runner.input_batch.req_ids, lines.tolist(), strict=True)
         ):
             state = runner.requests[request]
             follows = continuation(list(state.prompt_token_ids), list(state.output_token_ids))
             wanted = next_candidates(table, line, first_mask_id, follows)
-            # A tree of a set may be less deep than there are candidates for.
-            candidates.append(np.pad(wanted, ((0, depths - len(wanted)), (0, 0))))
-        return fill(self, table, lines, np.concatenate(candidates), first_mask_id)
+            known[i, : len(wanted)] = wanted
+        return fill(table, lines, known, first_mask_id)
 
     patch.setattr(BitaCPUModelRunner, "propose_draft_token_ids", proposing)
-    patch.setattr(NextBlocks, "fill", filling)
+    patch.setattr(cpu, "fill_blocks", filling)
 
 
 def _oracle_gpu(patch: pytest.MonkeyPatch, continuation: Continuation) -> None:

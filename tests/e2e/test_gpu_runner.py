@@ -135,7 +135,7 @@ def test_tokens_and_logprobs_equal_plain_v2(case, adapter_with_deltas, monkeypat
     if drafts == "oracle":
         adapter = adapter_with_deltas
     else:
-        limit = "bita_vllm.runner.gpu_speculator.get_max_chunk_logits"
+        limit = "bita_vllm.runner.gpu_logits.get_max_chunk_logits"
         monkeypatch.setattr(limit, lambda vocab_size: 13)
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
     bita = {"model": str(adapter), "tree": "3,2"}

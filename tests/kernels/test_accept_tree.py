@@ -56,13 +56,13 @@ def expected(step):
         lambda nodes, *_: step.targets[nodes],
         step.emitting,
     )
-    upcoming = step.blocks.next_blocks(walk, step.blocks.table.max_depth)
+    masks = step.blocks.chosen_masks(walk, step.blocks.table.max_depth)
     return {
         "tokens": np.column_stack([walk.tokens, step.blocks.line, walk.last_node]),
         "path": walk.path,
         "num_emitted": walk.num_emitted,
-        "next_depths": upcoming.depths,
-        "mask_rows": upcoming.mask_rows,
+        "next_depths": masks.depths,
+        "mask_rows": masks.rows,
     }
 
 

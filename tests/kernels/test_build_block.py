@@ -1,6 +1,7 @@
-"""The next blocks on the device against the CPU runner's (`LineChoice`, `NextBlocks.fill`), and the naive twin."""
+"""Next blocks of masks on the device against the CPU runner's (`LineChoice`, `fill_blocks`), and the naive twins."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,15 +9,17 @@ import torch
 from bita_kernels import rank_tokens as module
 from bita_kernels.build_block import PADDING_TOKEN, build_block
 from bita_kernels.build_block_naive import build_block_naive
+from bita_kernels.candidates import Candidates
 from bita_kernels.choice_table import ChoiceTable
-from bita_kernels.rank_tokens import Ranking
+from bita_kernels.rank_tokens import Ranking, rank_tokens
+from bita_kernels.rank_tokens_naive import rank_tokens_naive
 from bita_kernels.tree_table import TreeTable
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_trees import int32, templates
 from tree_tools import ladder_of, probabilities_of, sets_of_one
 
-from bita_vllm.step.host import NextBlocks
+from bita_vllm.step.host import ChosenMasks, fill_blocks
 from bita_vllm.tree import Template, TemplateTable
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.search import acceptance_table
@@ -51,13 +54,17 @@ def device_choice(sets):
 def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **others):
     """Inputs; scratch memory and outputs full of poison."""
     table, choice = device_choice(sets)
-    ranking = Ranking.of(len(depths) + 1, logits.shape[1], table)
-    for scratch in vars(ranking).values():
-        scratch.fill_(2**63 - 1 if scratch.dtype == torch.int64 else torch.nan)
+    sizes = table.max_depth, table.max_rank, "cpu"
+    ranking = Ranking.of(len(depths) + 1, logits.shape[1], *sizes)
+    ranking.keys.fill_(2**63 - 1)
+    ranking.log_sums.fill_(torch.nan)
+    candidates = replace(Candidates.empty(len(depths), *sizes), depths=int32(np.array(depths)))
+    candidates.tokens.fill_(POISON)
+    candidates.chance.fill_(torch.nan)
     return {
         "logits": logits,
         "logits_rows": torch.from_numpy(np.ascontiguousarray(logits_rows)),
-        "depths": int32(np.array(depths)),
+        "candidates": candidates,
         "slots": torch.arange(len(depths)).flip(0),
         "first_mask_id": 1000,
         "table": table,
@@ -72,6 +79,23 @@ def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **othe
 
 def one_tree(template):
     return sets_of_one([template])
+
+
+def next_block(rank, build, *, logits, logits_rows, ranking, candidates, table, choice, **others):
+    """Masks as candidates, and the block of them; without logits there are none."""
+    if logits is None:
+        candidates = candidates.none()
+    else:
+        most_depths = choice.max_depths[others["set_index"]]
+        chances = max(choice.num_templates) > 1
+        rank(logits, logits_rows, most_depths, chances, ranking, candidates)
+        assert not ranking.arrived.any(), "the next launch counts from 0"
+    build(candidates=candidates, table=table, choice=choice, **others)
+
+
+kernels = partial(next_block, rank_tokens, build_block)
+twins = partial(next_block, rank_tokens_naive, build_block_naive)
+BOTH = {"kernels": kernels, "twins": twins}
 
 
 @given(
@@ -94,12 +118,12 @@ def test_blocks_equal_those_of_the_cpu_runner(
     has = np.arange(template.max_depth) < line[:, None]
     logits_rows = np.where(has, generator.integers(0, 9, has.shape), 10**6)
     best = logits[logits_rows[has]].float().topk(template.max_rank).indices.numpy()
-    upcoming = NextBlocks(depths=line, mask_rows=np.where(has, logits_rows, -1))
-    want = padded(upcoming.fill(table, line, best, 1000), template.num_rows)
-    for function in (build_block, build_block_naive):
+    masks = ChosenMasks(depths=line, rows=np.where(has, logits_rows, -1))
+    want = padded(fill_blocks(table, line, masks.by_depth(best), 1000), template.num_rows)
+    for name, function in BOTH.items():
         given_ = arguments(one_tree(template), logits, logits_rows, line, token_dtype)
         function(**given_)
-        assert given_["draft_tokens"].tolist() == want, function.__name__
+        assert given_["draft_tokens"].tolist() == want, name
         assert given_["line_of_slot"].tolist() == [*line[::-1], POISON]
 
 
@@ -142,19 +166,20 @@ def test_trees_are_those_that_the_cpu_runner_chooses(seed, set_index):
     probabilities = probabilities_of(top.values, own)
     usable = torch.from_numpy(np.minimum(depths, SETS[set_index].max_depth))
     line = choice(set_index, usable, probabilities).numpy()
-    upcoming = NextBlocks(depths=depths, mask_rows=np.where(has, logits_rows, -1))
+    masks = ChosenMasks(depths=depths, rows=np.where(has, logits_rows, -1))
     want = padded(
-        upcoming.fill(table, line, top.indices.numpy()[has], 1000), table.template.num_rows
+        fill_blocks(table, line, masks.by_depth(top.indices.numpy()[has]), 1000),
+        table.template.num_rows,
     )
-    for function in (build_block, build_block_naive):
+    for name, function in BOTH.items():
         given_ = arguments(SETS, logits, logits_rows, depths, set_index=set_index)
         function(**given_)
-        assert given_["line_of_slot"].tolist() == [*line[::-1], POISON], function.__name__
-        assert given_["draft_tokens"].tolist() == want, function.__name__
+        assert given_["line_of_slot"].tolist() == [*line[::-1], POISON], name
+        assert given_["draft_tokens"].tolist() == want, name
     print(f"trees {np.bincount(table.template_of(line), minlength=5).tolist()}")
 
 
-@pytest.mark.parametrize("function", [build_block, build_block_naive])
+@pytest.mark.parametrize("function", BOTH.values(), ids=BOTH)
 def test_without_candidates_every_block_is_the_first_trees_own(function):
     given_ = arguments(SETS, torch.zeros(1, 20), np.full((3, 3), 10**6), [2, 3, 1], set_index=1)
     function(**{**given_, "logits": None})
@@ -169,7 +194,7 @@ def test_without_candidates_every_block_is_the_first_trees_own(function):
 def test_logits_that_are_no_numbers_still_choose_a_tree_of_the_set(bad):
     logits = torch.full((1, 40), bad)
     given_ = arguments(SETS, logits, np.zeros((2, 3), dtype=int), [3, 1])
-    build_block(**given_)
+    kernels(**given_)
     table = ladder_of(SETS).table
     deepest = np.minimum(table.max_depths[:3], [[1], [3]])  # slots are in reverse order
     for line, allowed in zip(
@@ -190,7 +215,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), -flo
 def test_equal_logits_go_to_the_lower_id_and_nan_is_the_greatest(row, dtype):
     logits = torch.tensor([row]).to(dtype)
     given_ = arguments(one_tree(Template.from_widths([6], 1)), logits, np.array([[0]]), [1])
-    build_block(**given_)
+    kernels(**given_)
     got = given_["draft_tokens"][0, :6].tolist()
 
     def order(token):
@@ -198,7 +223,7 @@ def test_equal_logits_go_to_the_lower_id_and_nan_is_the_greatest(row, dtype):
         return (value == value, -value if value == value else 0.0, token)
 
     assert got == sorted(range(len(row)), key=order)[:6]
-    build_block_naive(**given_)
+    twins(**given_)
     assert given_["draft_tokens"][0, :6].tolist() == got
     # torch.topk: the same values; which of equal ones it returns is its own affair
     values = logits[0][got].nan_to_num(nan=9e9)
@@ -212,7 +237,7 @@ def test_a_chunk_of_real_size_and_sixteen_ranks(monkeypatch):
     logits = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0))
     given_ = arguments(one_tree(template), logits, np.array([[1, 0]]), [2])
     assert given_["ranking"].keys.shape == (4, 3, 16)
-    build_block(**given_)
+    kernels(**given_)
     got = given_["draft_tokens"][0].tolist()
     best = logits.topk(16).indices
     depth, rank = table.depth[2], table.rank[2]
@@ -225,7 +250,7 @@ def test_a_chunk_of_real_size_and_sixteen_ranks(monkeypatch):
 def test_logits_rows_may_be_strided():
     wide = torch.randn(4, 80, generator=torch.Generator().manual_seed(0))
     given_ = arguments(one_tree(Template.from_widths([3], 1)), wide[:, :50], np.array([[3]]), [1])
-    build_block(**given_)
+    kernels(**given_)
     assert given_["draft_tokens"][0, :3].tolist() == wide[3, :50].topk(3).indices.tolist()
 
 
@@ -235,7 +260,8 @@ def test_logits_rows_may_be_strided():
         ("logits", lambda t: t.double(), "logits has dtype torch.float64, expected torch.float32 or"),
         ("logits", lambda t: t.T.contiguous().T, r"logits has strides \[1, 4\], expected 1 in the last"),
         ("logits", lambda t: t[:, :2], "logits has 2 tokens, expected at least 3"),
-        ("depths", lambda t: t.long(), "depths has dtype torch.int64, expected torch.int32"),
+        ("candidates", lambda c: replace(c, depths=c.depths.long()), "depths has dtype torch.int64"),
+        ("candidates", lambda c: replace(c, chance=c.chance[:1]), r"chance has shape \[1, 2, 3\], expected"),
         ("slots", lambda t: t.int(), "slots has dtype torch.int32, expected torch.int64"),
         ("logits_rows", lambda t: t[:, :1], r"logits_rows has shape \[2, 1\], expected \[2, 2\]"),
         ("ranking", lambda r: replace(r, keys=r.keys[:3]), "ranking.keys has 3 rows, expected at least 4"),
@@ -248,12 +274,12 @@ def test_arguments_that_do_not_fit_are_refused_before_the_launch(name, change, m
     given_ = arguments(one_tree(template), torch.zeros(4, 20), np.zeros((2, 2), dtype=int), [2, 1])
     changed = {**given_, name: change(given_[name])}
     with pytest.raises(ValueError, match=message):
-        build_block(**changed)
+        kernels(**changed)
     assert (given_["draft_tokens"] == POISON).all()
 
 
 def test_more_than_sixteen_ranks_are_refused():
     template = Template.from_widths([17], 1)
     given_ = arguments(one_tree(template), torch.zeros(1, 20), np.zeros((1, 1), dtype=int), [1])
-    with pytest.raises(ValueError, match="table uses 17 ranks, expected at most 16"):
-        build_block(**given_)
+    with pytest.raises(ValueError, match="candidates have 17 ranks, expected at most 16"):
+        kernels(**given_)

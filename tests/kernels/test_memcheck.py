@@ -8,7 +8,9 @@ from bita_kernels.aot import KERNEL_FILES
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", ["beginnings", "walks", "paths", "blocks", "moves", "deltas"])
+@pytest.mark.parametrize(
+    "kind", ["beginnings", "walks", "paths", "rankings", "blocks", "moves", "deltas"]
+)
 def test_every_kernel_equals_its_twin(kind):
     for name, error_of in getattr(memcheck, kind)(CPU):
         assert error_of() < 1e-5, name
@@ -16,8 +18,7 @@ def test_every_kernel_equals_its_twin(kind):
 
 def test_every_kernel_file_has_cases():
     cases = {case[0].split(",")[0] for kind in memcheck.KINDS for case in kind(CPU)}
-    # build_block ranks the tokens that it chooses from
-    assert cases | {"rank_tokens"} == set(KERNEL_FILES)
+    assert cases == set(KERNEL_FILES)
 
 
 def test_tree_attention_as_the_kernel_benchmark_calls_it():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bita_vllm.step.host import NO_BLOCK, NextBlocks, StepBlocks
+from bita_vllm.step.host import NO_BLOCK, StepBlocks, fill_blocks
 from bita_vllm.tree import Template, TemplateTable
 
 FIRST_MASK_ID = 1000
@@ -74,7 +74,7 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         return targets[nodes]
 
     walk = blocks.walk(tokens, sample, emitting)
-    upcoming = blocks.next_blocks(walk, int(table.max_depths[template]))
+    masks = blocks.chosen_masks(walk, int(table.max_depths[template]))
     assert [step for step, _ in calls] == list(range(len(calls)))
     for request, line in enumerate(blocks.line):
         first, num_nodes = blocks.first_node[request], blocks.num_nodes[request]
@@ -102,13 +102,10 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
                 available < table.max_depths[template]
                 and 0 <= rows[available] < blocks.num_rows[request]
             ):
-                assert (
-                    upcoming.mask_rows[request, available]
-                    == blocks.first_row[request] + rows[available]
-                )
+                assert masks.rows[request, available] == blocks.first_row[request] + rows[available]
                 available += 1
-        assert upcoming.depths[request] == available
-        assert (upcoming.mask_rows[request, available:] == -1).all()
+        assert masks.depths[request] == available
+        assert (masks.rows[request, available:] == -1).all()
     request, row, place = walk.moves()
     assert all(
         walk.path[r, p] == w and p < walk.num_emitted[r]
@@ -122,17 +119,17 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
     _, blocks, tokens = make_step(table, 3, num_requests=30)
     template = len(table.first_line) - 1
     walk = blocks.walk(tokens, lambda nodes, *_: np.full(len(nodes), 900), np.ones(30, dtype=bool))
-    upcoming = blocks.next_blocks(walk, int(table.max_depths[template]))
-    lines = table.first_line[template] + upcoming.depths
-    used = upcoming.mask_rows[upcoming.mask_rows >= 0]
+    masks = blocks.chosen_masks(walk, int(table.max_depths[template]))
+    lines = table.first_line[template] + masks.depths
+    used = masks.rows[masks.rows >= 0]
     top_tokens = used[:, None] * 10 + np.arange(table.rank.max() + 1)
-    drafts = upcoming.fill(table, lines, top_tokens, FIRST_MASK_ID)
+    drafts = fill_blocks(table, lines, masks.by_depth(top_tokens), FIRST_MASK_ID)
     for request, draft in enumerate(drafts):
         line = lines[request]
         assert len(draft) == table.num_rows[line] - 1
         for row, token in enumerate(draft, start=1):
             if row < table.num_nodes[line]:
-                source = upcoming.mask_rows[request, table.depth[line, row] - 1]
+                source = masks.rows[request, table.depth[line, row] - 1]
                 assert token == source * 10 + table.rank[line, row]
             else:
                 assert token == FIRST_MASK_ID + table.mask_index[line, row]
@@ -140,9 +137,8 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
 
 def test_after_a_plain_step_blocks_have_no_candidates():
     table = TABLES["ladder"]
-    drafts = NextBlocks.without_candidates(table, 2).fill(
-        table, table.first_line[[1, 1]], np.zeros((0, 2), dtype=np.int64), FIRST_MASK_ID
-    )
+    none = np.zeros((2, 1, 1), dtype=np.int64)
+    drafts = fill_blocks(table, table.first_line[[1, 1]], none, FIRST_MASK_ID)
     assert drafts == [[FIRST_MASK_ID, FIRST_MASK_ID + 1, FIRST_MASK_ID + 2]] * 2
 
 

@@ -8,8 +8,8 @@ import torch
 from bita_kernels.accept_tree import accept_tree_naive
 from bita_kernels.begin_step import begin_step_naive
 
-from bita_vllm.runner import gpu_speculator
-from bita_vllm.runner.gpu_speculator import parts_of, rows_in_one_pass
+from bita_vllm.runner import gpu_logits
+from bita_vllm.runner.gpu_logits import parts_of, rows_in_one_pass
 from bita_vllm.step import device as gpu_trees
 from bita_vllm.step.device import StepTrees
 from bita_vllm.step.mask_rows import MaskRows
@@ -119,12 +119,12 @@ def test_mask_rows_get_logits_with_the_nodes_up_to_the_limit(trees):
 
 
 def test_few_rows_take_one_pass_and_fewer_where_ranks_share_the_head(monkeypatch):
-    assert rows_in_one_pass(1, 32_000) == gpu_speculator.MAX_ROWS_IN_ONE_PASS
-    assert rows_in_one_pass(4, 32_000) == gpu_speculator.MAX_ROWS_IN_ONE_PASS // 4
+    assert rows_in_one_pass(1, 32_000) == gpu_logits.MAX_ROWS_IN_ONE_PASS
+    assert rows_in_one_pass(4, 32_000) == gpu_logits.MAX_ROWS_IN_ONE_PASS // 4
     h100, a100 = DeviceSpeed(3.0e12, 640e12), DeviceSpeed(1.84e12, 187e12)
     assert rows_in_one_pass(1, 32_000, h100) >= 256 > 2 * rows_in_one_pass(2, 32_000, h100) - 16
     assert rows_in_one_pass(1, 32_000, a100) == int(1.25 * a100.knee)
-    monkeypatch.setattr(gpu_speculator, "get_max_chunk_logits", lambda vocab_size: 13)
+    monkeypatch.setattr(gpu_logits, "get_max_chunk_logits", lambda vocab_size: 13)
     assert rows_in_one_pass(1, 32_000) == 13, "one pass is one part"
 
 
@@ -141,7 +141,7 @@ def test_one_pass_takes_no_longer_than_two(knee, tile):
 
 
 def test_parts_begin_where_buffers_are_aligned(monkeypatch):
-    monkeypatch.setattr(gpu_speculator, "get_max_chunk_logits", lambda vocab_size: 100)
+    monkeypatch.setattr(gpu_logits, "get_max_chunk_logits", lambda vocab_size: 100)
     assert [part.start for part in parts_of(30, 9, 1000)] == [0, 8, 16, 24]
     assert parts_of(30, 9, 1000)[-1].stop == 30
     assert [part.start for part in parts_of(5, 40, 1000)] == [0, 2, 4]

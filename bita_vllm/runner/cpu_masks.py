@@ -1,0 +1,49 @@
+"""Masks as a source of drafts on the CPU runner: top tokens of the mask rows under the node where a walk stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from bita_kernels.candidates import Candidates
+
+from bita_vllm.runner.cpu_step import CPUStep
+from bita_vllm.tree.template_set import TemplateSet
+
+
+class CPUMasks:
+    """A `CPUSource` (sources.py): candidates as deep as a step's mask groups reach from where its walks stopped."""
+
+    def __init__(
+        self,
+        # [n, H] -> [n, V]
+        compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.compute_logits = compute_logits
+
+    def __call__(
+        self,
+        step: CPUStep,
+        # [rows, H]
+        hidden_states: torch.Tensor,
+        templates: TemplateSet,
+    ) -> Candidates:
+        """Read the top tokens of the chosen mask rows' logits: those that came with the nodes', else computed now."""
+        blocks, num_requests = step.blocks, step.batch.num_reqs
+        none = Candidates.empty(num_requests, templates.max_depth, templates.max_rank, "cpu")
+        if blocks is None or step.walk is None:
+            return none
+        masks = blocks.chosen_masks(step.walk, templates.max_depth)
+        rows = masks.rows[masks.rows >= 0]
+        if not len(rows):
+            return none
+        if step.mask_logits is not None:
+            logits = step.mask_logits
+            places = torch.from_numpy(np.searchsorted(blocks.mask_rows(), rows))
+        else:
+            logits = self.compute_logits(hidden_states[torch.from_numpy(rows)])
+            places = torch.arange(len(rows))
+        of_rows = torch.ops.bita.top_tokens_cpu(logits, places, templates.max_rank)
+        tokens, chance = (torch.from_numpy(masks.by_depth(each.numpy())) for each in of_rows)
+        return Candidates(tokens, chance, torch.from_numpy(masks.depths))
