@@ -30,14 +30,13 @@ class CPUMasks:
         templates: TemplateSet,
     ) -> Candidates:
         """Read the top tokens of the chosen mask rows' logits: those that came with the nodes', else computed now."""
-        blocks, num_requests = step.blocks, step.batch.num_reqs
-        none = Candidates.empty(num_requests, templates.max_depth, templates.max_rank, "cpu")
-        if blocks is None or step.walk is None:
-            return none
-        masks = blocks.chosen_masks(step.walk, templates.max_depth)
+        blocks, walk = step.blocks, step.walk
+        if blocks is None or walk is None:
+            return _none(step, templates)
+        masks = blocks.chosen_masks(walk, templates.max_depth)
         rows = masks.rows[masks.rows >= 0]
         if not len(rows):
-            return none
+            return _none(step, templates)
         if step.mask_logits is not None:
             logits = step.mask_logits
             places = torch.from_numpy(np.searchsorted(blocks.mask_rows(), rows))
@@ -47,3 +46,7 @@ class CPUMasks:
         of_rows = torch.ops.bita.top_tokens_cpu(logits, places, templates.max_rank)
         tokens, chance = (torch.from_numpy(masks.by_depth(each.numpy())) for each in of_rows)
         return Candidates(tokens, chance, torch.from_numpy(masks.depths))
+
+
+def _none(step: CPUStep, templates: TemplateSet) -> Candidates:
+    return Candidates.empty(step.batch.num_reqs, templates.max_depth, templates.max_rank, "cpu")
