@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from bita_kernels import cpu_kernels
+from bita_kernels.copy_rules import MAX_COPIES
 
-from bita_vllm.step.copy_chance import MAX_COPIES, CopyChance
+from bita_vllm.step.copy_chance import CopyChance
 
 # Places that a search compares with the text's end, the last ones first: of Spec-Bench's answers more bring nothing.
 MAX_PLACES = 16
@@ -21,18 +22,18 @@ MAX_HEADS = 1 << 16
 class CopyIndex:
     """Indexes the texts of requests as they grow, and copies from them.
 
-    A text takes 4 bytes a token once it is indexed, and a table of 4 bytes for every second token of `max_model_len`,
-    256 KiB at most.
+    A text takes 4 bytes a token once it is indexed, and two tables of about `max_model_len` times 4 bytes each, 512 KiB
+    together at most.
     """
 
     def __init__(self, max_num_reqs: int, max_model_len: int) -> None:
         cpu_kernels.register()
-        heads = min(MAX_HEADS, 1 << (max_model_len // 2).bit_length())
+        heads = min(MAX_HEADS, 1 << max_model_len.bit_length())
         self.chance = CopyChance(max_num_reqs)
         # Not filled: memory that no text has used yet is not there yet.
-        self._head = torch.empty(max_num_reqs, heads, dtype=torch.int32)
+        self._head = torch.empty(max_num_reqs, 2, heads, dtype=torch.int32)
         self._previous = torch.empty(max_num_reqs, max_model_len, dtype=torch.int32)
-        self._state = torch.zeros(max_num_reqs, 3, dtype=torch.int32)
+        self._state = torch.zeros(max_num_reqs, 4, dtype=torch.int32)
         self._copies = torch.empty(max_num_reqs, MAX_COPIES, dtype=torch.int64)
         self._length = torch.empty(max_num_reqs, dtype=torch.int64)
         self._outcome = torch.empty(max_num_reqs, 2, dtype=torch.int32)

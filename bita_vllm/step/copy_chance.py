@@ -1,26 +1,12 @@
-"""How likely copied tokens are right: by the length of the match, corrected by what a request took before.
+"""How likely copied tokens are right, request by request: NumPy, for the CPU runner (`bita_kernels.copy_rules`).
 
-With m tokens in a row that agree with the text (the match, and the copies before this one), s = STRENGTH:
-
-    odds(the next one agrees) = m / 2 * (hits + s) / (expected hits + s) / ((misses + s) / (expected misses + s))
-
-m / 2, that is P = m / (m + 2), was measured: greedy answers of SmolLM2-135M-Instruct to Spec-Bench, `spec_bench.py
-chances`. It has no table to fit, tells held-out tasks better than a fitted table by length of match and place in the
-copy does, and needs no adapter. Hits and misses are of the request's own copies, whether a block held them or not,
-compared with the tokens that were then emitted; expected are those that m / (m + 2) said. Old ones fade. So a request
-whose copies are wrong loses them, and one whose copies are right gets longer ones.
-
-NumPy, for the CPU runner; `kernels/find_copies.py` has the same on a device.
+`kernels/find_copies.py` has the same on a device.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
-MAX_COPIES = 15
-PRIOR = 2.0  # m agreeing tokens are m : PRIOR for the next
-STRENGTH = 4.0  # tokens that the correction has to be seen in before it counts half
-KEPT = 0.98  # of the evidence, from copy to copy
+from bita_kernels.copy_rules import KEPT, MAX_COPIES, PRIOR, STRENGTH
 
 
 class CopyChance:

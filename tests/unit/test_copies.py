@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from bita_kernels.copy_rules import MAX_COPIES
 
 from bita_vllm.step.copies import CopyIndex
-from bita_vllm.step.copy_chance import MAX_COPIES, CopyChance
+from bita_vllm.step.copy_chance import CopyChance
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 TEXT = [1, 2, 3, 4, 5, 1, 2, 3]

@@ -20,9 +20,9 @@ class Index:
         assert cpu_kernels.register(), "it must be built here"
         self.function = torch.ops.bita.find_copies_cpu if function == "kernel" else function
         self.max_places = max_places
-        self.head = torch.full((slots, heads), POISON, dtype=torch.int32)
+        self.head = torch.full((slots, 2, heads), POISON, dtype=torch.int32)
         self.previous = torch.full((slots, max_len), POISON, dtype=torch.int32)
-        self.state = torch.zeros(slots, 3, dtype=torch.int32)
+        self.state = torch.zeros(slots, 4, dtype=torch.int32)
 
     def __call__(self, texts, slots=None):
         """(copies, lengths, outcomes) as lists."""
@@ -68,8 +68,14 @@ def test_a_copy_that_comes_to_the_end_goes_on_with_its_own_tokens(function):
 
 
 @BOTH
-@pytest.mark.parametrize("text", [[], [3], [3, 3], [1, 2, 3, 4, 5], [1, 2, 3, 2]], ids=str)
-def test_without_a_match_of_two_tokens_there_is_no_copy(function, text):
+def test_where_no_two_tokens_match_the_last_place_of_the_last_one_is_copied(function):
+    copies, lengths, _ = Index(function)([[2, 8, 1, 2, 9, 3, 2], [3, 3]])
+    assert (copies[0][:4], copies[1], lengths) == ([9, 3, 2, 9], [3] * DEPTH, [1, 1])
+
+
+@BOTH
+@pytest.mark.parametrize("text", [[], [3], [1, 2, 3, 4, 5], [1, 2, 1, 3]], ids=str)
+def test_without_a_match_there_is_no_copy(function, text):
     copies, lengths, outcomes = Index(function)([text])
     assert (copies, lengths, outcomes) == ([[0] * DEPTH], [0], [[0, 0]])
 
@@ -81,7 +87,8 @@ def test_what_became_of_the_last_copy_is_told(function):
     assert copy[:4] == [3, 4, 1, 2]
     assert index([[*text, 3]])[2] == [[1, 0]]
     assert index([[*text, 3, 4, 1, 9, 9]])[2] == [[2, 1]]
-    assert index([[*text, 3, 4, 1, 9, 9, 8]])[2] == [[0, 0]], "there was none"
+    assert index([[*text, 3, 4, 1, 9, 9, 8]])[2] == [[0, 1]], "the copy of 9 was of 9"
+    assert index([[*text, 3, 4, 1, 9, 9, 8, 9]])[2] == [[0, 0]], "there was none"
 
 
 @BOTH
