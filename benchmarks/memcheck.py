@@ -19,6 +19,8 @@ from bita_kernels.build_block_naive import build_block_naive
 from bita_kernels.candidates import Candidates
 from bita_kernels.choice_table import ChoiceTable
 from bita_kernels.extend_paths import Chains, extend_paths, extend_paths_naive
+from bita_kernels.find_copies import MAX_COPIES, CopyState, find_copies
+from bita_kernels.find_copies_naive import find_copies_naive
 from bita_kernels.move_kv import LayerCaches, move_kv, move_kv_naive
 from bita_kernels.rank_tokens import Ranking, rank_tokens
 from bita_kernels.rank_tokens_naive import rank_tokens_naive
@@ -257,6 +259,34 @@ def blocks(device: torch.device) -> Iterator[Check]:
         )
 
 
+def copies(device: torch.device) -> Iterator[Check]:
+    """Texts that end inside a block of places and at its end, in slots of a longer buffer; a first and a later call."""
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 9, (REQUESTS + 1, 2050), generator=generator).int()
+    slots = torch.tensor([3, 0, 2])
+
+    def arguments() -> dict[str, Any]:
+        return {
+            "token_ids": texts.to(device),
+            "slots": slots.to(device),
+            "state": CopyState.empty(REQUESTS + 1, texts.shape[1], device),
+            "copies": torch.full((REQUESTS, MAX_COPIES), -7, device=device),
+            "chances": torch.full((REQUESTS, MAX_COPIES), -7.0, device=device),
+        }
+
+    def error() -> float:
+        mine, theirs, wrong = arguments(), arguments(), 0.0
+        for sizes in ([2046, 0, 1, 1023], [2050, 0, 3, 1026]):
+            num_tokens = torch.tensor(sizes, device=device).int()
+            find_copies(num_tokens=num_tokens, **mine)
+            find_copies_naive(num_tokens=num_tokens, **theirs)
+            wrong += not torch.equal(mine["copies"], theirs["copies"])
+            wrong += float((mine["chances"] - theirs["chances"]).abs().max())
+        return wrong
+
+    yield "find_copies", error
+
+
 def moves(device: torch.device) -> Iterator[Check]:
     """Accepted rows of two layers, over the ends of pages."""
     caches = torch.randn(
@@ -327,7 +357,7 @@ def different(
     return float(any(not torch.equal(mine[name], theirs[name]) for name in names))
 
 
-KINDS = (attention, beginnings, walks, paths, rankings, blocks, moves, deltas)
+KINDS = (attention, beginnings, walks, paths, rankings, blocks, copies, moves, deltas)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ KERNEL_FILES = (
     "extend_paths",
     "rank_tokens",
     "build_block",
+    "find_copies",
     "move_kv",
     "add_mask_lora",
 )

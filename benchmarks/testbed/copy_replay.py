@@ -21,7 +21,7 @@ from bita_vllm.step.copy_chance import CopyChance
 from bita_vllm.tree import Template
 from bita_vllm.tree.markov import promise_weight, state_values
 from bita_vllm.tree.replay import Sources, TreeWalker
-from bita_vllm.tree.search import Draft, padded_drafts
+from bita_vllm.tree.shape import TreeBatch, TreeShape
 
 
 @dataclass(frozen=True)
@@ -153,21 +153,18 @@ class ExpectedTokens:
         # [ages, 2, k, ranks]
         acceptance: np.ndarray,
     ) -> None:
-        drafts = [
-            Draft((-1,), (-1,), (0,)) if block.template is None else Draft.of(block.template)
-            for block in blocks
-        ]
-        size = max(len(draft.parent) for draft in drafts)
-        start = padded_drafts([Draft.of(first)], first.num_nodes)
-        self.value = state_values(start, acceptance)
-        padded = padded_drafts(drafts, size)
-        self.weight = promise_weight(padded, self.value, acceptance)
-        worth = promise_weight(padded, np.zeros_like(self.value), acceptance)  # the factors q alone
+        root = TreeShape((-1,), (-1,), (0,))
+        trees = TreeBatch.of(
+            [root if block.template is None else block.template.shape for block in blocks]
+        )
+        self.value = state_values(TreeBatch.of([first.shape]), acceptance)
+        self.weight = promise_weight(trees, self.value, acceptance)
+        worth = promise_weight(trees, np.zeros_like(self.value), acceptance)  # the factors q alone
         self.often = worth
-        self.depth, self.parent = padded.depth(), np.maximum(padded.parent, 0)
-        self.is_draft = padded.rank >= 0
+        self.depth, self.parent = trees.depth(), np.maximum(trees.parent, 0)
+        self.is_draft = trees.rank >= 0
         self.weight[~self.is_draft], self.often[~self.is_draft] = 0.0, 0.0
-        self.rank = np.maximum(padded.rank, 0)
+        self.rank = np.maximum(trees.rank, 0)
         self.line = np.arange(len(blocks))[:, None]
         self.num_masks = acceptance.shape[2]
         self.is_at = np.stack(

@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "kind", ["beginnings", "walks", "paths", "rankings", "blocks", "moves", "deltas"]
+    "kind", ["beginnings", "walks", "paths", "rankings", "blocks", "copies", "moves", "deltas"]
 )
 def test_every_kernel_equals_its_twin(kind):
     for name, error_of in getattr(memcheck, kind)(CPU):
