@@ -141,8 +141,11 @@ class MixedWalker:
 class ExpectedTokens:
     """Chooses the block that promises most tokens, now and in the steps after.
 
-    promise = promise of the tree (tree/choice.py)
-              + sum over copies d of chance(1) * ... * chance(d) * (1 - P(the tree's walk reaches depth d))
+    promise = promise of the tree (tree/choice.py) + sum over copies d of C(d) * (1 - T(d))
+              - C(1) * (1 - T(1)) * value(all predictions) + sum over d of P(d copies are right) * value(d's group)
+
+    C(d) = chance(1) * ... * chance(d), T(d) = P(the tree's walk reaches depth d), taken as independent. A walk that
+    ends on a copy leaves the next step no predictions but those of a group under the copy.
     """
 
     def __init__(
@@ -159,11 +162,10 @@ class ExpectedTokens:
         )
         self.value = state_values(TreeBatch.of([first.shape]), acceptance)
         self.weight = promise_weight(trees, self.value, acceptance)
-        worth = promise_weight(trees, np.zeros_like(self.value), acceptance)  # the factors q alone
-        self.often = worth
+        self.often = promise_weight(trees, np.zeros_like(self.value), acceptance)  # q alone
         self.depth, self.parent = trees.depth(), np.maximum(trees.parent, 0)
         self.is_draft = trees.rank >= 0
-        self.weight[~self.is_draft], self.often[~self.is_draft] = 0.0, 0.0
+        self.weight[:, 1:][~self.is_draft[:, 1:]] = 0.0  # padding
         self.rank = np.maximum(trees.rank, 0)
         self.line = np.arange(len(blocks))[:, None]
         self.num_masks = acceptance.shape[2]
@@ -171,8 +173,8 @@ class ExpectedTokens:
             [self.depth == d for d in range(1, self.num_masks + 1)], axis=-1
         ).astype(float)
         self.in_chain = np.arange(1, MAX_COPIES + 1) <= np.array([[b.copies] for b in blocks])
-        # a tree without masks leaves no predictions for the next step
-        self.constant = np.array([0.0 if b.template is None else self.value[-1] for b in blocks])
+        # the root alone leaves no predictions for the next step
+        self.left = np.array([0.0 if b.template is None else self.value[-1] for b in blocks])
         self.group_value = np.zeros((len(blocks), MAX_COPIES))
         for i, block in enumerate(blocks):
             for copy, group in block.groups.items():
@@ -200,11 +202,10 @@ class ExpectedTokens:
         chain = np.cumprod(chances) * self.in_chain
         beyond = chain.copy()
         beyond[:, : self.num_masks] *= 1 - np.minimum(in_tree, 1.0)
-        # A walk that ends on a copy finds no group: what the tree's masks would have left is lost once.
         stops = chain - np.append(chain[:, 1:], np.zeros((len(chain), 1)), axis=1)
-        lost = beyond[:, :1] * self.constant[:, None]
+        lost = beyond[:, 0] * self.left
         regained = (stops * self.group_value).sum(axis=1)
-        return self.constant + tree + beyond.sum(axis=1) - lost[:, 0] + regained
+        return tree + beyond.sum(axis=1) - lost + regained
 
     def __call__(self, probabilities: np.ndarray) -> Choice:
         def choose(place: int, sources: Sources, chances: np.ndarray) -> int:
