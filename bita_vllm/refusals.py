@@ -118,7 +118,8 @@ def _unsupported_model(model: ModelConfig) -> Iterator[tuple[str, bool]]:
     # A class for hybrids may hold attention layers only (Granite 4 dense): `is_hybrid` looks at the layers.
     yield f"hybrid or state-space models ({arch})", model.is_hybrid
     yield f"multi-head latent attention ({arch})", model.use_mla
-    yield f"chunked local attention ({arch})", model.attention_chunk_size is not None
+    chunked = model.attention_chunk_size is not None and platform.on_gpu()
+    yield f"chunked local attention ({arch}) on a GPU", chunked
     # The last of what a model is: where another refusal holds, text alone would not help.
     text_alone = "text alone works: language_model_only=True, --language-model-only"
     yield f"images and other media ({arch}; {text_alone})", model.supports_multimodal_inputs

@@ -54,7 +54,7 @@ OPERATIONS: dict[str, tuple[str, Any, Any]] = {
         "(Tensor query, Tensor kv_cache, Tensor block_table, Tensor first_row, Tensor num_rows, "
         "Tensor context_len, Tensor line, Tensor depth, Tensor ancestors, Tensor mask_index, "
         "Tensor prompt_keys, Tensor prompt_values, Tensor(a!) out, float scale, float softcap, "
-        "int window, Tensor? sinks=None) -> ()",
+        "int window, Tensor? sinks=None, int chunk=0) -> ()",
         tree_attention_cpu_naive,
         no_result,
     ),

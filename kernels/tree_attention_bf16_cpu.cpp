@@ -169,7 +169,8 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
                          const at::Tensor& first_row, const at::Tensor& num_rows, const at::Tensor& context_len,
                          const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                          const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
-                         at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks) {
+                         at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks,
+                         int64_t chunk) {
   const int64_t heads = kv_cache.size(1), block_size = kv_cache.size(2), dim = kv_cache.size(3) / 2;
   const int64_t group = query.size(1) / heads, most = depth.size(1), num_prompt = prompt_keys.size(2);
   const int64_t* first = first_row.const_data_ptr<int64_t>();
@@ -204,6 +205,10 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
       const int32_t* row_depth = depths + lines[b] * most;
       const bool* row_sees = sees_row + lines[b] * most * most;
       const int32_t* row_mask = masks + lines[b] * most;
+      // How many positions a row of this depth sees, its own included; 0 for all.
+      const auto reach_of = [&](int64_t depth) -> int64_t {
+        return chunk > 0 ? (c + depth) % chunk + 1 : std::max<int64_t>(window, 0);
+      };
       const auto attend = kByRows<Attend>[n - 1];
       // Query i is of row (from + i) / group.
       bool any_mask = false;
@@ -229,7 +234,9 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
             round.seen[i] = row_mask[row_of[i]] >= 0 ? ~uint64_t{0} >> (kChunk - count) : 0;
           attend(round, panels);
         }
-      const int64_t begin_slot = window > 0 ? std::max<int64_t>(0, c - window + 1) / kChunk * kChunk : 0;
+      // No row sees further back than the root.
+      const int64_t root_reach = reach_of(0);
+      const int64_t begin_slot = root_reach > 0 ? std::max<int64_t>(0, c - root_reach + 1) / kChunk * kChunk : 0;
       for (int64_t slot = begin_slot; slot < length; slot += kChunk) {
         const int64_t count = std::min(kChunk, length - slot), panels = (count + kPanel - 1) / kPanel;
         for (int64_t j = 0; j < panels; ++j) {
@@ -245,12 +252,12 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
             continue;
           }
           round.seen[i] = inside;
-          if (window <= 0 && slot + count <= c) continue;
-          const int64_t row = row_of[i];
-          for (int64_t j = window > 0 ? 0 : std::max<int64_t>(0, c - slot); j < count; ++j) {
+          if (root_reach == 0 && slot + count <= c) continue;
+          const int64_t row = row_of[i], reach = reach_of(row_depth[row]);
+          for (int64_t j = reach > 0 ? 0 : std::max<int64_t>(0, c - slot); j < count; ++j) {
             const int64_t own = slot + j - c;
             const int64_t distance = row_depth[row] - (own >= 0 ? row_depth[own] : own);
-            if ((own >= 0 && !row_sees[row * most + own]) || (window > 0 && distance >= window))
+            if ((own >= 0 && !row_sees[row * most + own]) || (reach > 0 && distance >= reach))
               round.seen[i] &= ~(uint64_t{1} << j);
           }
         }

@@ -12,6 +12,7 @@ void tree_attention_bf16(const at::Tensor& query, const at::Tensor& kv_cache, co
                          const at::Tensor& first_row, const at::Tensor& num_rows, const at::Tensor& context_len,
                          const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                          const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
-                         at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks);
+                         at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks,
+                         int64_t chunk);
 
 #endif

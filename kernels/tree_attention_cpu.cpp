@@ -138,7 +138,8 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
                     const at::Tensor& first_row, const at::Tensor& num_rows, const at::Tensor& context_len,
                     const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                     const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
-                    at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks) {
+                    at::Tensor& out, float scale, float softcap, int64_t window, const float* sinks,
+                    int64_t chunk) {
   const int64_t heads = kv_cache.size(1), block_size = kv_cache.size(2), dim = kv_cache.size(3) / 2;
   const int64_t group = query.size(1) / heads, most = depth.size(1), num_prompt = prompt_keys.size(2);
   const int64_t* first = first_row.const_data_ptr<int64_t>();
@@ -173,12 +174,17 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
       const int32_t* row_depth = depths + lines[b] * most;
       const bool* row_sees = sees_row + lines[b] * most * most;
       const int32_t* row_mask = masks + lines[b] * most;
+      // How many positions a row of this depth sees, its own included; 0 for all.
+      const auto reach_of = [&](int64_t depth) -> int64_t {
+        return chunk > 0 ? (c + depth) % chunk + 1 : std::max<int64_t>(window, 0);
+      };
       Queries queries(std::min<int64_t>(kQueries, rows[b] * group - from), dim, softcap);
       // Query i is of row (from + i) / group.
       bool any_mask = false;
-      int64_t row_of[kQueries];
+      int64_t row_of[kQueries], reach[kQueries];
       for (int64_t i = 0; i < queries.n; ++i) {
         row_of[i] = (from + i) / group;
+        reach[i] = reach_of(row_depth[row_of[i]]);
         any_mask |= row_mask[row_of[i]] >= 0;
         const T* source = q + (first[b] + row_of[i]) * query.stride(0) + (h * group + (from + i) % group) * query.stride(1);
         for (int64_t d = 0; d < dim; ++d) queries.q[i * dim + d] = static_cast<float>(source[d]) * scale;
@@ -190,7 +196,9 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
                          std::min(kChunk, num_prompt - p),
                          [&](int64_t i, int64_t) { return row_mask[row_of[i]] >= 0; });
       const int64_t length = c + rows[b];
-      const int64_t begin_slot = window > 0 ? std::max<int64_t>(0, c - window + 1) / kChunk * kChunk : 0;
+      // No row sees further back than the root.
+      const int64_t root_reach = reach_of(0);
+      const int64_t begin_slot = root_reach > 0 ? std::max<int64_t>(0, c - root_reach + 1) / kChunk * kChunk : 0;
       for (int64_t slot = begin_slot; slot < length;) {
         const int64_t offset = slot % block_size;
         const int64_t count = std::min({kChunk, block_size - offset, length - slot});
@@ -199,14 +207,14 @@ void tree_attention(const at::Tensor& query, const at::Tensor& kv_cache, const a
         int64_t ldk, ldv;
         const float* k = as_floats(keys + offset, block_size, dim, count, key_copy, &ldk);
         const float* v = as_floats(keys + (block_size + offset) * dim, dim, count, dim, value_copy, &ldv);
-        if (window <= 0 && slot + count <= c) {
+        if (root_reach == 0 && slot + count <= c) {
           queries.attend(k, ldk, v, ldv, count, [](int64_t, int64_t) { return true; });
         } else {
           queries.attend(k, ldk, v, ldv, count, [&](int64_t i, int64_t j) {
             const int64_t own = slot + j - c, row = row_of[i];
             if (own >= 0 && !row_sees[row * most + own]) return false;
             const int64_t distance = row_depth[row] - (own >= 0 ? row_depth[own] : own);
-            return window <= 0 || distance < window;
+            return reach[i] == 0 || distance < reach[i];
           });
         }
         slot += count;
@@ -225,7 +233,7 @@ void tree_attention_cpu(const at::Tensor& query, const at::Tensor& kv_cache, con
                         const at::Tensor& line, const at::Tensor& depth, const at::Tensor& ancestors,
                         const at::Tensor& mask_index, const at::Tensor& prompt_keys, const at::Tensor& prompt_values,
                         at::Tensor out, double scale, double softcap, int64_t window,
-                        const std::optional<at::Tensor>& sinks) {
+                        const std::optional<at::Tensor>& sinks, int64_t chunk) {
   TORCH_CHECK(query.stride(2) == 1 && out.stride(2) == 1 && kv_cache.is_contiguous() && block_table.stride(1) == 1,
               "tree_attention_cpu: query, out, kv_cache and block_table must be contiguous in their last dimension");
   TORCH_CHECK(out.scalar_type() == query.scalar_type() && kv_cache.scalar_type() == query.scalar_type(),
@@ -237,12 +245,12 @@ void tree_attention_cpu(const at::Tensor& query, const at::Tensor& kv_cache, con
   if (takes_tree_attention_bf16(kv_cache))
     return tree_attention_bf16(query, kv_cache, block_table, first_row, num_rows, context_len, line, depth, ancestors,
                                mask_index, prompt_keys, prompt_values, out, static_cast<float>(scale),
-                               static_cast<float>(softcap), window, sink);
+                               static_cast<float>(softcap), window, sink, chunk);
 #endif
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "tree_attention_cpu", [&] {
     tree_attention<scalar_t>(query, kv_cache, block_table, first_row, num_rows, context_len, line, depth, ancestors,
                              mask_index, prompt_keys, prompt_values, out, static_cast<float>(scale),
-                             static_cast<float>(softcap), window, sink);
+                             static_cast<float>(softcap), window, sink, chunk);
   });
 }
 

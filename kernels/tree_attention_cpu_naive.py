@@ -39,10 +39,12 @@ def tree_attention_cpu_naive(
     window: int,
     # [Hq] any float type, logits of attention sinks, which have no value
     sinks: torch.Tensor | None = None,
+    # positions of a chunk, which a row does not look beyond, as in Llama 4; 0 for none
+    chunk: int = 0,
 ) -> None:
     """Write the attention of every row of a block over prompt tokens, committed context and own rows, in fp32.
 
-    All three and the sink are in one softmax. The window does not apply to prompt tokens, and neither scale nor
+    All three and the sink are in one softmax. Window and chunk do not apply to prompt tokens, and neither scale nor
     soft cap to sinks.
     """
     (num_blocks, heads, block_size, _), dim = kv_cache.shape, query.shape[2]
@@ -61,8 +63,11 @@ def tree_attention_cpu_naive(
             scores = torch.tanh(scores / softcap) * softcap
         own = depth[of, :n].long()
         visible = torch.cat([torch.ones(n, c, dtype=torch.bool), ancestors[of, :n, :n]], dim=1)
+        row_positions, positions = (c + own)[:, None], torch.cat([torch.arange(c), c + own])
         if window > 0:
-            visible &= (c + own)[:, None] - torch.cat([torch.arange(c), c + own]) < window
+            visible &= row_positions - positions < window
+        if chunk > 0:
+            visible &= row_positions // chunk == positions // chunk
         prompt = (mask_index[of, :n, None] >= 0).expand(n, prompt_keys.shape[2])
         scores.masked_fill_(~torch.cat([prompt, visible], dim=1), float("-inf"))
         all_values = torch.cat([prompt_values, values[:, : c + n]], dim=1)[:, None]

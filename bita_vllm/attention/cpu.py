@@ -135,5 +135,6 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 self.logits_soft_cap or 0.0,
                 self.sliding_window,
                 self.sinks,
+                getattr(layer, "attention_chunk_size", 0),
             )
         return output

@@ -200,17 +200,15 @@ class BitaCPUModelRunner(CPUModelRunner):
         blocks = self._step.blocks
         if blocks is not None and self._step.has_blocks:
             context_len = self.input_batch.num_computed_tokens_cpu[: len(blocks.line)]
-            for layer_names in self._metadata_groups(metadata):
-                shared = metadata[layer_names[0]]
-                shared.tree = TreeMetadata(blocks, context_len, shared.block_table)
+            for index, group in enumerate(self.kv_cache_config.kv_cache_groups):
+                # Not the metadata's own, in which stock cuts chunked attention into requests of a chunk.
+                block_table = self.input_batch.block_table[index].get_device_tensor(
+                    len(blocks.line)
+                )
+                tree = TreeMetadata(blocks, context_len, block_table)
+                for name in group.layer_names:
+                    metadata[name].tree = tree
         return metadata, common
-
-    @staticmethod
-    def _metadata_groups(metadata: dict[str, Any]) -> list[list[str]]:
-        groups: dict[int, list[str]] = {}
-        for name, shared in metadata.items():
-            groups.setdefault(id(shared), []).append(name)
-        return list(groups.values())
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """Stock. The output also tells the scheduler each request's line, where its walk stopped, and the CPU time.

@@ -44,14 +44,21 @@ def tree_attention(request):
 
 
 @pytest.mark.parametrize(
-    "softcap, window, has_sinks",
-    [(0, -1, False), (5.0, -1, False), (0, 6, False), (0, -1, True), (5.0, 6, True)],
-    ids=["plain", "softcap", "window", "sinks", "sinks, softcap, window"],
+    "softcap, window, has_sinks, chunk",
+    [
+        (0, -1, False, 0),
+        (5.0, -1, False, 0),
+        (0, 6, False, 0),
+        (0, -1, True, 0),
+        (5.0, 6, True, 0),
+        (0, -1, False, 16),
+    ],
+    ids=["plain", "softcap", "window", "sinks", "sinks, softcap, window", "chunks"],
 )
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_equals_dense_attention(
-    tree_attention, dtype, isa, block_size, head_size, softcap, window, has_sinks
+    tree_attention, dtype, isa, block_size, head_size, softcap, window, has_sinks, chunk
 ):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
@@ -86,7 +93,9 @@ def test_equals_dense_attention(
     # One of them above all scores, one below.
     sinks = torch.tensor([9.0, -40, 0, 1, 2, -1]).to(dtype) if has_sinks else None
     prompt = prompt_keys, prompt_values
-    tree_attention(query, kv_cache, *tree.arguments, *prompt, out, SCALE, softcap, window, sinks)
+    tree_attention(
+        query, kv_cache, *tree.arguments, *prompt, out, SCALE, softcap, window, sinks, chunk
+    )
 
     assert not tree.all_rows_in_blocks
     start = 0
@@ -101,6 +110,8 @@ def test_equals_dense_attention(
                 visible = np.concatenate([np.ones(c, bool), TABLE.ancestors[line, row, :n]])
                 if window > 0:
                     visible &= (c + depth[row]) - position < window
+                if chunk:  # a block's rows lie in two of them
+                    visible &= (c + depth[row]) // chunk == position // chunk
                 for head in range(HEADS_KV * GROUP):
                     kv_head = head // GROUP
                     k = keys[i][torch.from_numpy(visible), kv_head].double()

@@ -67,7 +67,6 @@ MODELS = {
     "models without attention": ("mamba", "MambaForCausalLM", SIZES),
     "hybrid or state-space models": ("falcon_h1", "FalconH1ForCausalLM", SIZES),
     "multi-head latent attention": ("deepseek_v3", "DeepseekV3ForCausalLM", SIZES),
-    "chunked local attention": ("llama4_text", "Llama4ForCausalLM", SIZES),
 }
 # feature -> a property of vLLM's ModelConfig, where no class of such a model can be imported everywhere
 PROPERTIES = {
@@ -111,7 +110,8 @@ FIELDS = {
     "text watermarking": ("watermark_config", {}),
     "fast prefill over shared KV": ("cache_config.kv_sharing_fast_prefill", True),
 }
-ON_GPU_ONLY = {"a KV cache quantised in some layers only"}  # tests/unit/test_config.py
+# In tests of their own, here and in test_config.py.
+ON_GPU_ONLY = {"chunked local attention", "a KV cache quantised in some layers only"}
 
 
 def test_every_feature_is_in_a_table(make):
@@ -136,6 +136,14 @@ def test_model_is_refused_by_name(make, tmp_path, feature):
     message = refused(lambda: make(**saved(tmp_path, kind, architecture, config)))
     assert feature in message
     assert architecture in message or feature == "pooling models"
+
+
+def test_chunked_attention_is_refused_on_a_gpu(make, tmp_path, monkeypatch):
+    arguments = saved(tmp_path, "llama4_text", "Llama4ForCausalLM", SIZES)
+    assert "was trained for another model" in refused(lambda: make(**arguments))
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
+    message = refused(lambda: make(**arguments))
+    assert "chunked local attention (Llama4ForCausalLM) on a GPU" in message
 
 
 @pytest.mark.parametrize("head_size, sentence", [(64, "differ in head_dim"), (32, "trained for")])
