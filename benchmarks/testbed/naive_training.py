@@ -100,6 +100,7 @@ def attention(
     naive_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Textbook attention over [prompt tokens | rows]."""
@@ -116,12 +117,18 @@ def attention(
     visible = torch.cat([sees_prompt, visible], dim=2)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if softcap is None:
+    if softcap is None and s_aux is None:
         mask = visible[:, None]
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return output.transpose(1, 2), None
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    if s_aux is not None:  # a key with a value of zero, for every row
+        sink = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=3)
+        value = torch.cat([value, torch.zeros_like(value[:, :, :1])], dim=2)
     return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
 
 

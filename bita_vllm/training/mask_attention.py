@@ -38,6 +38,8 @@ class AttentionPass(Protocol):
         scaling: float,
         window: int | None,
         softcap: float | None,
+        # [Hq], logits of attention sinks
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """`[B, Hq, rows, D]`, the weighted values."""
         ...
@@ -59,13 +61,14 @@ class ContextPass:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         if layer != len(self.keys):
             raise ValueError(f"attention layer {layer} ran where layer {len(self.keys)} was due")
         self.keys.append(key)
         self.values.append(value)
         length = query.shape[2]
-        if softcap is None and (window is None or window >= length):
+        if softcap is None and sinks is None and (window is None or window >= length):
             repeats = query.shape[1] // key.shape[1]
             return F.scaled_dot_product_attention(
                 query,
@@ -93,6 +96,7 @@ class ContextPass:
                     visible[None],
                     scaling,
                     softcap,
+                    sinks,
                 )
             )
         return torch.cat(outputs, dim=2)
@@ -124,6 +128,7 @@ class MaskPass:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         batch = len(query)
         front_keys = self.prompt_keys[layer].transpose(0, 1).expand(batch, -1, -1, -1)
@@ -136,13 +141,13 @@ class MaskPass:
                 self._block_mask(window),
                 scaling,
                 softcap,
+                sinks,
             )
         outputs = []
         groups_per_tile = max(1, TILE_ROWS // self.num_masks)
         for first in range(0, self.roots.shape[1], groups_per_tile):
-            tile = MaskTile(
-                self.roots[:, first : first + groups_per_tile], self.num_masks, window, softcap
-            )
+            roots = self.roots[:, first : first + groups_per_tile]
+            tile = MaskTile(roots, self.num_masks, window, softcap, sinks)
             rows = slice(first * self.num_masks, (first + groups_per_tile) * self.num_masks)
             outputs.append(
                 _TileAttention.apply(
@@ -176,6 +181,7 @@ class MaskTile:
     num_masks: int  # k
     window: int | None
     softcap: float | None
+    sinks: torch.Tensor | None  # [Hq], not trained
 
     @property
     def context(self) -> slice:
@@ -226,6 +232,9 @@ class _TileAttention(torch.autograd.Function):
         largest = scores.amax(dim=-1, keepdim=True)  # finite: a row sees itself
         weights = scores.sub_(largest).exp_()
         total = weights.sum(dim=-1, keepdim=True)
+        if tile.sinks is not None:
+            # A key whose value is zero: it adds to the sum, and to nothing else.
+            total += torch.exp(_by_row(tile.sinks, folded) - largest)
         output = (weights.to(value.dtype) @ value).div_(total)
         log_sum = total.log_().add_(largest)
         ctx.save_for_backward(
@@ -281,6 +290,18 @@ def _scores(
     return by_head.masked_fill_(hidden, -torch.inf).flatten(2, 3)
 
 
+def _by_row(
+    # [Hq]
+    sinks: torch.Tensor,
+    # [B, Hkv, repeats * rows, D]
+    folded: torch.Tensor,
+) -> torch.Tensor:
+    """`[Hkv, repeats * rows, 1]`, the sink that each row sees; at least fp32."""
+    num_kv_heads, rows = folded.shape[1:3]
+    by_head = at_least_float32(sinks).view(num_kv_heads, -1, 1)
+    return by_head.expand(-1, -1, rows // by_head.shape[1]).reshape(num_kv_heads, rows, 1)
+
+
 def _attend_tile(
     # [B, Hq, rows, D]
     query: torch.Tensor,
@@ -292,6 +313,8 @@ def _attend_tile(
     visible: torch.Tensor,
     scaling: float,
     softcap: float | None,
+    # [Hq]
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """`[B, Hq, rows, D]`. Query heads that share a KV head are folded into its rows."""
     batch, num_heads, rows, head_size = query.shape
@@ -299,11 +322,17 @@ def _attend_tile(
     repeats = num_heads // num_kv_heads
     query = query.reshape(batch, num_kv_heads, repeats * rows, head_size)
     visible = visible.repeat(1, repeats, 1)[:, None]
-    if softcap is None:
+    if softcap is None and sinks is None:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
     else:
-        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
-        weights = at_least_float32(scores).masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        scores = query @ key.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = at_least_float32(scores).masked_fill(~visible, -torch.inf)
+        if sinks is not None:
+            sink = _by_row(sinks, query).expand(batch, -1, -1, -1)
+            scores = torch.cat([scores, sink], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : key.shape[2]]
         output = weights.to(value.dtype) @ value
     return output.reshape(batch, num_heads, rows, head_size)
 
@@ -329,13 +358,14 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `[B, heads, rows, D]` each -> `[B, rows, Hq, D]`."""
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer = int(module.layer_idx)  # type: ignore[arg-type]  # modules type all attributes
-    output = bita_pass.attend(layer, query, key, value, scaling, sliding_window, softcap)
+    output = bita_pass.attend(layer, query, key, value, scaling, sliding_window, softcap, s_aux)
     return output.transpose(1, 2), None
 
 

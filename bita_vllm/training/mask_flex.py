@@ -71,10 +71,15 @@ def attend(
     block_mask: BlockMask,
     scaling: float,
     softcap: float | None,
+    # [Hq], logits of attention sinks
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`[B, Hq, rows, D]`."""
+    """`[B, Hq, rows, D]`.
+
+    With sinks: attention without them times the share of its softmax, `sigmoid(log_sum - sink)`.
+    """
     kernel: Any = _compiled() if query.is_cuda else flex_attention
-    return kernel(
+    attended = kernel(
         query,
         key,
         value,
@@ -82,7 +87,13 @@ def attend(
         block_mask=block_mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        return_lse=sinks is not None,
     )
+    if sinks is None:
+        return attended
+    output, log_sum = attended
+    share = torch.sigmoid(log_sum - sinks[:, None].to(log_sum.dtype))
+    return output * share[..., None].to(output.dtype)
 
 
 def _capped(softcap: float) -> Callable[..., torch.Tensor]:

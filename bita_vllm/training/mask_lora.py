@@ -156,6 +156,8 @@ def linear_layers(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
     for name, module in base.named_modules():
         if layer_number(name) < 0:
             continue
+        if type(module).__name__.endswith("Router"):
+            continue  # Llama 4's is a linear layer that returns more than its product
         if isinstance(module, nn.Linear):
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):  # GPT-2's linear layers, weights transposed

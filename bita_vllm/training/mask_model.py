@@ -75,6 +75,7 @@ class MaskModel(nn.Module):
         self.dtype: torch.dtype = base.get_input_embeddings().weight.dtype
         self.lora: MaskLora | None = None
         self._logit_cap = getattr(text_config, "final_logit_softcapping", None)
+        self._logit_factor = 1.0
         # Gemma scales token embeddings inside the embedding module, and vLLM the mask embeddings
         # with them (inside the wrapper of runner/embedding.py).
         self._embedding_scale = float(getattr(base.get_input_embeddings(), "embed_scale", 1.0))
@@ -171,6 +172,8 @@ class MaskModel(nn.Module):
     ) -> torch.Tensor:
         """`[..., V]` through the base model's output head."""
         logits = self.base.get_output_embeddings()(hidden)
+        if self._logit_factor != 1.0:
+            logits = logits * self._logit_factor
         if self._logit_cap is not None:
             logits = self._logit_cap * torch.tanh(logits / self._logit_cap)
         return logits
@@ -225,6 +228,23 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def _logit_factor(
+    model: MaskModel,
+    # [B, T, H]
+    hidden: torch.Tensor,
+    # [B, T, V]
+    expected: torch.Tensor,
+) -> float:
+    """What the base multiplies its output head's logits with: 1, or what its config says (Granite, Command R)."""
+    config = model.base.config.get_text_config()
+    factors = [1.0]
+    for name in ("logit_scale", "logits_scaling"):
+        if scale := getattr(config, name, None):
+            factors += [scale, 1 / scale]  # some multiply with it, some divide
+    logits = model.logits(hidden)
+    return min(factors, key=lambda factor: float((factor * logits - expected).norm()))
+
+
 def _take_over(model: MaskModel) -> None:
     """Route the base's attention to ours, and check that it computes what it did before."""
     base = model.base
@@ -241,6 +261,7 @@ def _take_over(model: MaskModel) -> None:
             expected = base(input_ids=ids, use_cache=False).logits
             base.set_attn_implementation(ATTENTION_NAME)
             context = model.context(ids)
+            model._logit_factor = _logit_factor(model, context.hidden, expected)
             logits = model.logits(context.hidden)
         error = float((logits - expected).norm() / expected.norm())
         tolerance = 0.05 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -250,6 +271,8 @@ def _take_over(model: MaskModel) -> None:
             problem = (
                 f"only {len(context.keys)} of its layers attend through transformers' interface"
             )
+        if getattr(base.config.get_text_config(), "attention_chunk_size", None):
+            problem = "it attends in chunks"  # which so short a text does not show
     except (ValueError, TypeError, AttributeError) as failure:
         problem = str(failure).strip().splitlines()[0]
     if problem:

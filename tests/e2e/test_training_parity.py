@@ -7,8 +7,8 @@ import pytest
 import torch
 from e2e.engines import generate, make_adapter, random_mask_lora
 from e2e.inspection import compare_with_trainer, recorded_groups
+from testbed.architectures import TRAINED
 from testbed.engines import ON_GPU_RUNNER, engine
-from testbed.tiny_models import ARCHITECTURES
 from vllm import SamplingParams
 
 K = 3
@@ -16,7 +16,7 @@ TOLERANCE = 1e-3
 
 
 @pytest.mark.skipif(ON_GPU_RUNNER, reason="test_gpu_runner.py has one of them")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED)
 def test_mask_logits_equal_vllms(architecture, tiny_model, tmp_path):
     folder = tiny_model(architecture)
     adapter = make_adapter(folder, tmp_path / "adapter", K, lora_rank=4)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from testbed import naive_training
-from testbed.tiny_models import ARCHITECTURES
+from testbed.architectures import TRAINED
 from transformers import AutoModelForCausalLM
 
 from bita_vllm.adapter.checkpoint import random_adapter
@@ -26,8 +26,9 @@ def tiny(tiny_model):
 
     def make(architecture, **overrides):
         folder = tiny_model(architecture, **overrides)
-        # Mixtral's default way to run its experts has no fp64.
-        options = {"experts_implementation": "eager"} if architecture == "mixtral" else {}
+        # The default way to run experts has no fp64.
+        has_experts = architecture in ("mixtral", "gpt_oss")
+        options = {"experts_implementation": "eager"} if has_experts else {}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
 
     return make
@@ -139,7 +140,7 @@ def check_equal_to_naive(
         torch.testing.assert_close(mine.grad, naive.grad, rtol=1e-7, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED)
 def test_loss_and_gradients_equal_the_full_mask_formulation(tiny, architecture):
     check_equal_to_naive(tiny, architecture, rank=4)
 
@@ -161,13 +162,13 @@ def test_short_texts_whose_groups_hardly_have_a_target(tiny):
 
 
 @pytest.mark.parametrize("tile_rows", [3, 7, 12])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_tiles_of_any_size_give_the_same(tiny, monkeypatch, architecture, tile_rows):
     monkeypatch.setattr(mask_attention, "TILE_ROWS", tile_rows)
     check_equal_to_naive(tiny, architecture)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
     """Forward only, uncompiled: on a CPU FlexAttention has no more to offer."""
     model, batch = make_model(tiny(architecture)), make_case()
@@ -180,7 +181,7 @@ def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_flex_attention_compiles(tiny, monkeypatch, architecture):
     """Its rule and its softcap, in torch's compiler: on a CPU forward only, but by the same lowering as on a GPU."""
     compiled = torch.compile(mask_flex.flex_attention, dynamic=False)
@@ -196,7 +197,9 @@ def test_flex_attention_compiles(tiny, monkeypatch, architecture):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("num_groups", [7, 46])  # few rows and many have kernels of their own
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "three heads a KV head"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral", "gemma2", "gpt_oss", "three heads a KV head"]
+)
 def test_flex_attention_trains_as_tiles_do(tiny, monkeypatch, architecture, num_groups):
     """Compiled, in fp32, gradients too: what `bita train` runs on a GPU."""
     three = {"hidden_size": 192, "num_attention_heads": 6}
