@@ -40,6 +40,9 @@ PackMaskLora = Callable[
 
 _library = torch.library.Library("bita", "FRAGMENT")
 
+# As all of vLLM's models call them, also those that do not say it.
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
 _STOCK_LAYERS = (
     ReplicatedLinear,
     ColumnParallelLinear,
@@ -176,7 +179,7 @@ def find_place(model: nn.Module, name: str) -> Place | None:
         mapped = mapper.get_rename_mapper().map_name(f"{name}.weight")
         name = name if mapped is None else mapped.removesuffix(".weight")
     parent, _, last = name.rpartition(".")
-    for packed, members in get_packed_modules_mapping(model).items():
+    for packed, members in (FUSED | get_packed_modules_mapping(model)).items():
         layer = _submodule(model, f"{parent}.{packed}")
         if last in members and len(members) > 1 and layer is not None:
             _refuse_layer(f"{parent}.{packed}", layer, len(members))

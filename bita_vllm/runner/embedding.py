@@ -66,8 +66,10 @@ def insert_mask_embedding(
 ) -> None:
     """Let the model's input embedding read mask embeddings; an output head tied to it stays as it is."""
     embedding = token_embedding(model)
+    # On vLLM's Transformers backend the module itself scales tokens; elsewhere the model scales what it gives.
+    scaled = mask_embeddings * float(getattr(embedding, "embed_scale", 1.0))
     embedding.register_buffer(
-        "mask_embeddings", mask_embeddings.to(embedding.weight.dtype), persistent=False
+        "mask_embeddings", scaled.to(embedding.weight.dtype), persistent=False
     )
     embedding.first_mask_id = vocab_size
     stock = type(embedding)
