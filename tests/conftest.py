@@ -13,7 +13,7 @@ from bita_vllm.embedded import embedded_model_dir
 LONGEST = {
     "cpu": [
         *("lossless_embedded", "faults", "unchanged_without_bita", "soak", "server", "server_load"),
-        *("hostile_files", "other_models", "cpu_kernels", "compiled_deltas", "sampling_distribution"),
+        *("hostile_files", "matrix", "cpu_kernels", "compiled_deltas", "sampling_distribution"),
         *("bad_input", "accepted_length", "suite_engines", "train_command", "trainer", "plain_steps"),
         *("data_and_eval", "bf16", "aot", "tree_attention"),
     ],
@@ -31,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("cpu", "gpu"),
         default="cpu",
         help="gpu: end-to-end tests run vLLM's V2 runner and our Triton kernels, interpreted on the CPU",
+    )
+    parser.addoption(
+        "--matrix", action="store_true", help="test_matrix.py runs every architecture, not some"
     )
 
 

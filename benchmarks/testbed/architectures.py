@@ -174,7 +174,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Command R7B, Command A", "windows", {**HEADS, **WINDOWS}, training=OTHER_LOGITS
     ),
     "cohere2_moe": Architecture(
-        "Command A, mixture", "windows, mixture of experts", {**HEADS, **EXPERTS, **WINDOWS}
+        "Command A, mixture",
+        "windows, mixture of experts",
+        {**HEADS, **EXPERTS, **WINDOWS},
+        training=OTHER_LOGITS,
     ),
     "olmo": Architecture("OLMo", "clipped q, k, v", {**GATED, "clip_qkv": 4.0}, TRANSFORMERS),
     "olmo2": Architecture("OLMo 2", "norms after attention and MLP", GATED, TRANSFORMERS),
