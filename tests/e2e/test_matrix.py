@@ -38,10 +38,10 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def without_compiler(monkeypatch):
+def without_compiler():
     """Cohere's norm is compiled, which the interpreter's stand-in driver cannot."""
-    if ON_GPU_RUNNER:
-        monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with torch.compiler.set_stance("force_eager" if ON_GPU_RUNNER else "default"):
+        yield
 
 
 @pytest.fixture(autouse=True)
