@@ -20,14 +20,14 @@ class ChoiceTable:
             probability among `[max_depth, max_rank]`; -1 for the root, whose factor is 1.
         weight: `[lines, nodes]` fp32, 0 in padding.
         num_templates: templates of each set.
-        max_depths: depth of each set's deepest draft node.
+        mask_depths: depth of each set's deepest draft node.
     """
 
     lines: torch.Tensor
     places: torch.Tensor
     weight: torch.Tensor
     num_templates: tuple[int, ...]
-    max_depths: tuple[int, ...]
+    mask_depths: tuple[int, ...]
 
     @classmethod
     def of(cls, choice: Any, max_rank: int, device: torch.device | str) -> ChoiceTable:
@@ -39,7 +39,7 @@ class ChoiceTable:
             torch.stack(places).int().to(device),
             choice.weight.to(device),
             choice.num_templates,
-            choice.max_depths,
+            choice.mask_depths,
         )
 
     @property

@@ -84,7 +84,7 @@ class StepTrees:
         nodes = torch.tensor(self._sizes[:, 0].copy(), device=device)
         self._first_targets = (nodes[:, None] * requests).int()
         # [sets, max_num_reqs, max_depth] int64, where the rows of `candidate_rows` get their logits
-        depths = torch.tensor(choice.max_depths, device=device)[:, None, None]
+        depths = torch.tensor(choice.mask_depths, device=device)[:, None, None]
         self._candidate_places = depths * requests[:, None] + torch.arange(
             table.max_depth, device=device
         )
@@ -182,7 +182,7 @@ class StepTrees:
 
         Where nodes and mask rows got their logits in two passes.
         """
-        return self.mask_rows[part, : self.choice.max_depths[set_index]]
+        return self.mask_rows[part, : self.choice.mask_depths[set_index]]
 
     def candidate_places(self, part: slice, set_index: int) -> torch.Tensor:
         """`[requests of the part, max_depth]` int64, where logits of `candidate_rows` lie, row by row."""

@@ -66,6 +66,7 @@ class TemplateSchema(_Schema):
     groups: dict[RowName, Annotated[int, Field(ge=1, le=MAX_MASK_TOKENS)]] = Field(
         max_length=MAX_ROWS
     )
+    copies: Annotated[int, Field(ge=0, lt=MAX_ROWS)] = 0
 
     @property
     def longest_group(self) -> int:

@@ -22,7 +22,12 @@ from bita_vllm.tree.shape import TreeBatch
 
 
 class LineChoice:
-    """The choice among the lines of a ladder's template table."""
+    """The choice among the lines of a ladder's template table.
+
+    Attributes:
+        num_templates: of each set.
+        mask_depths: depths of each set that masks fill.
+    """
 
     def __init__(
         self,
@@ -40,24 +45,21 @@ class LineChoice:
         )
         weight = np.zeros((num_lines, num_nodes), dtype=np.float32)
         most = max(len(one.templates) for one in sets)
-        lines = np.zeros((len(sets), table.max_depth + 1, most), dtype=np.int64)
+        deepest = int(table.mask_depths.max())
+        lines = np.zeros((len(sets), deepest + 1, most), dtype=np.int64)
         first = 0
         for index, one in enumerate(sets):
             # Sets with fewer templates repeat their first one.
             own = np.full(most, first)
             own[: len(one.templates)] += np.arange(len(one.templates))
-            depths_of_line = np.minimum(
-                np.arange(table.max_depth + 1)[:, None], table.max_depths[own]
-            )
+            depths_of_line = np.minimum(np.arange(deepest + 1)[:, None], table.mask_depths[own])
             lines[index] = table.first_line[own] + depths_of_line
             value = state_values(TreeBatch.of([one.first.shape]), acceptance)
             for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
                 whole = promise_weight(TreeBatch.of([template.shape]), value, acceptance)
-                for depths in range(
-                    template.max_depth + 1
-                ):  # a restricted template keeps the order of its nodes
-                    kept = template.depth[: template.num_nodes] <= depths
-                    weight[start + depths, : kept.sum()] = whole[0, kept]
+                for depths in range(template.mask_depth + 1):
+                    kept = template.kept_nodes(depths)
+                    weight[start + depths, : len(kept)] = whole[0, kept]
             first += len(one.templates)
         # parent, parent's parent, ...; the root is its own
         ancestors = np.zeros((max(table.max_depth - 1, 0), num_lines, num_nodes), dtype=np.int64)
@@ -66,11 +68,11 @@ class LineChoice:
             ancestors[level] = ancestor
             ancestor = np.take_along_axis(parent, ancestor, axis=1)
         self.num_templates = tuple(len(one.templates) for one in sets)
-        self.max_depths = tuple(one.max_depth for one in sets)
+        self.mask_depths = tuple(one.mask_depth for one in sets)
         self.lines, self.is_draft, self.weight, self.place, self.rank, self.ancestors = (
             torch.from_numpy(column).to(device)
             for column in (
-                lines,  # [sets, max_depth + 1, templates]
+                lines,  # [sets, mask depths + 1, templates]
                 is_draft,  # [lines, nodes], and the next three
                 weight,
                 np.maximum(depth - 1, 0),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bita_vllm.tree.shape import TreeBatch
+from bita_vllm.tree.shape import COPY_RANK, TreeBatch
 
 # Steps until the distribution of states is the stationary one: 2**6, by squaring.
 NUM_SQUARINGS = 6
@@ -119,7 +119,7 @@ def promise_weight(
 
         weight = worth(node) * product over the path's nodes n of q(n)
         q(n) = P(n is right | its parent is a lower candidate) / P(n is right | its parent is a top candidate)
-               if n's parent is a lower candidate, else 1
+               if n's parent is a lower candidate, else 1, as for a copy
 
     The ratio q corrects the masks' probabilities: a mask does not know which token comes before its own.
     """
@@ -127,12 +127,14 @@ def promise_weight(
     ratio = np.divide(after_lower, after_top, out=np.ones_like(after_top), where=after_top > 0)
     num_trees, num_nodes = trees.parent.shape
     depth, line = trees.depth(), np.arange(num_trees)
+    is_copy = trees.rank == COPY_RANK
     rank = np.minimum(trees.rank, acceptance.shape[3] - 1)  # a tree may reach further
+    of_mask = np.minimum(depth - 1, acceptance.shape[2] - 1)  # copies reach further
     often = np.ones((num_trees, num_nodes))
     for node in range(1, num_nodes):
         parent = trees.parent[:, node]
-        is_lower = rank[line, parent] > 0
-        own = np.where(is_lower, ratio[depth[:, node] - 1, rank[:, node]], 1.0)
+        is_lower = (rank[line, parent] > 0) & ~is_copy[:, node]
+        own = np.where(is_lower, ratio[of_mask[:, node], rank[:, node]], 1.0)
         often[:, node] = often[line, parent] * own
     return often * _node_worth(trees, value)
 

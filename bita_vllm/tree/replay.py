@@ -82,7 +82,7 @@ class TreeWalker:
 
     def line(self, sources: Sources, template: int = 0) -> int:
         """Line of the table: the block of a template that has these candidates."""
-        depths = min(len(sources), int(self.table.max_depths[template]))
+        depths = min(len(sources), int(self.table.mask_depths[template]))
         return int(self.table.first_line[template]) + depths
 
     def step(

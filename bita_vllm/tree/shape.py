@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bita_vllm.system.file_schemas import MAX_RANKS
+
+COPY_RANK = MAX_RANKS  # in place of a rank: the node's token is copied from text already seen
+
 
 @dataclass(frozen=True)
 class TreeShape:

@@ -21,7 +21,7 @@ import numpy as np
 from bita_vllm.system.atomic_write import write_text
 from bita_vllm.system.errors import UserError
 from bita_vllm.system.file_schemas import MAX_ROWS, TemplateSchema, beyond_masks, check, read_json
-from bita_vllm.tree.shape import TreeShape
+from bita_vllm.tree.shape import COPY_RANK, TreeShape
 
 NO_BLOCK = -1  # in place of a line of the template table: a request without a block
 
@@ -34,9 +34,12 @@ class TemplateError(UserError):
 class Template:
     """Rows of a step block: root first, then draft nodes, then mask groups.
 
+    The draft nodes that masks fill come first. A chain of copied tokens, from the root down, may follow them.
+
     Attributes:
         parent: `[R]` int32, row of the parent, -1 for the root.
-        rank: `[R]` int32, candidate rank a draft node takes (0 is the most likely); -1 elsewhere.
+        rank: `[R]` int32, candidate rank a draft node takes (0 is the most likely), COPY_RANK for a copied token;
+            -1 elsewhere.
         mask_index: `[R]` int32, index of a mask row within its group; -1 for the root and draft nodes.
     """
 
@@ -45,12 +48,15 @@ class Template:
     mask_index: np.ndarray
 
     @classmethod
-    def build(cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int]) -> Template:
+    def build(
+        cls, nodes: Sequence[tuple[int, int]], groups: Mapping[int, int], copies: int = 0
+    ) -> Template:
         """Make a template from draft nodes and mask groups.
 
         Args:
             nodes: (parent row, candidate rank) of draft node rows 1, 2, ...; the root is row 0.
             groups: row of the root or of a draft node -> length of its mask group.
+            copies: length of the chain of copied tokens.
 
         Raises:
             TemplateError: a parent that comes later, two children with one rank, too many rows.
@@ -73,8 +79,12 @@ class Template:
             raise TemplateError(
                 "Tree template: two nodes share both parent and rank; each candidate may appear once."
             )
+        for index in range(copies):
+            parent.append(0 if index == 0 else len(parent) - 1)
+            rank.append(COPY_RANK)
+            mask_index.append(-1)
         num_nodes = len(parent)
-        if not groups or not groups.get(0):
+        if not groups.get(0) and not copies:
             raise TemplateError(
                 "Tree template: the root needs a mask group, or a request would never get candidates; "
                 'add "0" to the groups.'
@@ -161,13 +171,16 @@ class Template:
     @classmethod
     def of_schema(cls, form: TemplateSchema) -> Template:
         """From the checked JSON form. Raises TemplateError."""
-        return cls.build(form.nodes, {int(row): length for row, length in form.groups.items()})
+        groups = {int(row): length for row, length in form.groups.items()}
+        return cls.build(form.nodes, groups, form.copies)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        nodes = [[int(self.parent[row]), int(self.rank[row])] for row in range(1, self.num_nodes)]
+        ranked = range(1, self.num_nodes - self.num_copies)
+        nodes = [[int(self.parent[row]), int(self.rank[row])] for row in ranked]
         groups = {str(row): int(length) for row, length in enumerate(self.group_length) if length}
-        return {"nodes": nodes, "groups": groups}
+        copies = {"copies": self.num_copies} if self.num_copies else {}
+        return {"nodes": nodes, "groups": groups, **copies}
 
     @property
     def num_rows(self) -> int:
@@ -223,14 +236,24 @@ class Template:
         return template
 
     @cached_property
+    def num_copies(self) -> int:
+        """Length of the chain of copied tokens."""
+        return int((self.rank == COPY_RANK).sum())
+
+    @cached_property
     def max_depth(self) -> int:
         """Deepest draft node."""
         return int(self.depth[: self.num_nodes].max())
 
     @cached_property
+    def mask_depth(self) -> int:
+        """Deepest draft node that masks fill."""
+        return int(self.depth[: self.num_nodes - self.num_copies].max())
+
+    @cached_property
     def max_rank(self) -> int:
         """Candidates needed of one mask row."""
-        return int(self.rank.max()) + 1
+        return int(self.rank[: self.num_nodes - self.num_copies].max()) + 1
 
     @cached_property
     def group_length(self) -> np.ndarray:
@@ -279,19 +302,28 @@ class Template:
         return rows
 
     def restrict(self, num_depths: int) -> Template:
-        """The template without draft nodes deeper than `num_depths`, and without their mask groups."""
-        kept = [row for row in range(self.num_nodes) if self.depth[row] <= num_depths]
+        """The template without masks' draft nodes deeper than `num_depths`, and without their mask groups."""
+        kept = self.kept_nodes(num_depths).tolist()
         new_row = {old: new for new, old in enumerate(kept)}
+        ranked = kept[1 : len(kept) - self.num_copies]
         return Template.build(
-            [(new_row[int(self.parent[row])], int(self.rank[row])) for row in kept[1:]],
+            [(new_row[int(self.parent[row])], int(self.rank[row])) for row in ranked],
             {new_row[row]: int(self.group_length[row]) for row in kept},
+            self.num_copies,
         )
+
+    def kept_nodes(self, num_depths: int) -> np.ndarray:
+        """`[nodes of restrict(num_depths)]` rows of its nodes in this template, in its order."""
+        is_copy = self.rank[: self.num_nodes] == COPY_RANK
+        return np.flatnonzero(is_copy | (self.depth[: self.num_nodes] <= num_depths))
 
     def describe(self) -> str:
         """For logs: nodes by depth, mask rows, total."""
-        by_depth = np.bincount(self.depth[1 : self.num_nodes])[1:]
+        num_ranked = self.num_nodes - self.num_copies
+        by_depth = ",".join(map(str, np.bincount(self.depth[1:num_ranked])[1:]))
+        copies = f"{self.num_copies} copies, " if self.num_copies else ""
         return (
-            f"{self.num_rows} rows: {self.num_nodes - 1} draft nodes ({','.join(map(str, by_depth))} by depth), "
+            f"{self.num_rows} rows: {num_ranked - 1} draft nodes ({by_depth} by depth), {copies}"
             f"{self.num_rows - self.num_nodes} mask rows in {int((self.group_length > 0).sum())} groups"
         )
 
@@ -299,13 +331,15 @@ class Template:
 class TemplateTable:
     """The blocks that templates can take, one for each number of depths that have candidates, padded alike.
 
-    A line is one of these blocks: `first_line[t] + D` (D from 0 to `max_depths[t]`) is `templates[t].restrict(D)`.
-    D = 0 is the block of a request without candidates. Blocks of several templates may meet in a step, and a
+    A line is one of these blocks: `first_line[t] + D` (D from 0 to `mask_depths[t]`) is `templates[t].restrict(D)`.
+    D = 0 is the block of a request whose masks gave no candidates. Blocks of several templates may meet in a step, and a
     walk in a block of one template may give the candidates of a block of another.
 
     Attributes:
         template: the largest.
-        first_line, max_depths: `[T]` int64, by template.
+        first_line, mask_depths: `[T]` int64, by template.
+        max_rank: candidates needed of one mask row, over all templates. A node for a copied token has it for a rank:
+            the column after the masks' own.
         num_rows: `[lines]` int32.
         num_nodes: `[lines]` int32.
         depth, parent, rank, mask_index: `[lines, R]` int32 (0, -1, -1, -1 in padding).
@@ -315,11 +349,12 @@ class TemplateTable:
 
     def __init__(self, *templates: Template) -> None:
         self.template = max(templates, key=lambda template: template.num_rows)
-        self.max_depths = np.array([t.max_depth for t in templates])
-        self.first_line = np.cumsum(self.max_depths + 1) - self.max_depths - 1
-        variants = [t.restrict(depths) for t in templates for depths in range(t.max_depth + 1)]
+        self.mask_depths = np.array([t.mask_depth for t in templates])
+        self.first_line = np.cumsum(self.mask_depths + 1) - self.mask_depths - 1
+        variants = [t.restrict(depths) for t in templates for depths in range(t.mask_depth + 1)]
         lines, rows = len(variants), self.template.num_rows
-        self.max_depth = int(self.max_depths.max())
+        self.max_depth = max(template.max_depth for template in templates)
+        self.max_rank = max(template.max_rank for template in templates)
         self.max_nodes = max(template.num_nodes for template in templates)
         self.num_rows = np.array([v.num_rows for v in variants], dtype=np.int32)
         self.num_nodes = np.array([v.num_nodes for v in variants], dtype=np.int32)
@@ -333,7 +368,7 @@ class TemplateTable:
             n = variant.num_rows
             self.depth[line, :n] = variant.depth
             self.parent[line, :n] = variant.parent
-            self.rank[line, :n] = variant.rank
+            self.rank[line, :n] = np.where(variant.rank == COPY_RANK, self.max_rank, variant.rank)
             self.mask_index[line, :n] = variant.mask_index
             self.ancestors[line, :n, :n] = variant.ancestors
             used = min(variant.num_masks, self.max_depth)

@@ -63,6 +63,11 @@ class TemplateSet:
         return max(template.max_depth for template in self.templates)
 
     @property
+    def mask_depth(self) -> int:
+        """Deepest draft node of all templates that masks fill."""
+        return max(template.mask_depth for template in self.templates)
+
+    @property
     def max_rank(self) -> int:
         """Candidates needed of one mask row."""
         return max(template.max_rank for template in self.templates)

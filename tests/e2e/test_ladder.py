@@ -68,7 +68,7 @@ def make_requests() -> list[tuple[list[int], SamplingParams]]:
 
 def templates_of(steps: Sequence[StepRecord]) -> list[int]:
     """Place in TEMPLATES of the template that each block was made from, -1 without a block."""
-    of_line = np.repeat(np.arange(len(TEMPLATES)), TABLE.max_depths + 1)
+    of_line = np.repeat(np.arange(len(TEMPLATES)), TABLE.mask_depths + 1)
     return [int(of_line[step.line]) if step.line >= 0 else -1 for step in steps]
 
 
@@ -117,7 +117,7 @@ def test_a_ramp_through_all_widths_returns_plain_vllms_tokens(tiny_model, tmp_pa
     assert {b for a, b in crossed if a == -1} == {0, 1, 2}, (
         "from plain steps back to every template"
     )
-    whole = TABLE.first_line + TABLE.max_depths  # lines of blocks with candidates at every depth
+    whole = TABLE.first_line + TABLE.mask_depths  # lines of blocks with candidates at every depth
     lengths = [{len(step.tokens) for step in steps if step.line == line} for line in whole]
     print(f"{len(steps)} blocks and plain tokens, lengths by template {lengths}")
     assert lengths == [{1, 2}, {1, 2, 3, 4}, {1, 2, 3, 4}], "walks end at every depth of every tree"

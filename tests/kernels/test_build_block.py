@@ -196,7 +196,7 @@ def test_logits_that_are_no_numbers_still_choose_a_tree_of_the_set(bad):
     given_ = arguments(SETS, logits, np.zeros((2, 3), dtype=int), [3, 1])
     kernels(**given_)
     table = ladder_of(SETS).table
-    deepest = np.minimum(table.max_depths[:3], [[1], [3]])  # slots are in reverse order
+    deepest = np.minimum(table.mask_depths[:3], [[1], [3]])  # slots are in reverse order
     for line, allowed in zip(
         given_["line_of_slot"].tolist(), table.first_line[:3] + deepest, strict=False
     ):

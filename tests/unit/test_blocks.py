@@ -18,11 +18,17 @@ TABLES = {
         Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 2: 1}),
         Template.from_widths([3, 2, 1], 3),
     ),
+    "copies": TemplateTable(
+        Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 1: 1, 5: 2}, copies=4),
+        Template.build([(0, 0), (1, 0), (2, 0)], {0: 3, 3: 3}),
+        Template.build([], {0: 2}, copies=2),
+        Template.build([], {}, copies=7),
+    ),
 }
 
 
 def make_step(table, seed, num_requests=9):
-    """Random lines, cuts and prefill rows, with distinct candidate tokens under each parent."""
+    """Random lines, cuts and prefill rows. Copies may repeat the candidates beside them; other siblings differ."""
     generator = np.random.default_rng(seed)
     line = generator.integers(-1, len(table.num_rows), num_requests)
     full = np.where(line >= 0, table.num_rows[line], generator.integers(1, 30, num_requests))
@@ -30,6 +36,12 @@ def make_step(table, seed, num_requests=9):
     scheduled = np.where(cut & (line >= 0), generator.integers(1, full + 1), full)
     blocks = StepBlocks.build(table, line, scheduled)
     tokens = generator.permutation(500)[: blocks.num_nodes.sum()]
+    for request, num_nodes in enumerate(blocks.num_nodes):
+        own, held = line[request], tokens[blocks.first_node[request] :][:num_nodes]
+        for node in np.flatnonzero(table.rank[own, :num_nodes] == table.max_rank):
+            beside = np.flatnonzero(table.depth[own, :node] == table.depth[own, node])
+            if len(beside) and generator.random() < 0.7:
+                held[node] = held[beside[0]]
     return generator, blocks, tokens
 
 
@@ -74,22 +86,21 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         return targets[nodes]
 
     walk = blocks.walk(tokens, sample, emitting)
-    masks = blocks.chosen_masks(walk, int(table.max_depths[template]))
+    masks = blocks.chosen_masks(walk, int(table.mask_depths[template]))
     assert [step for step, _ in calls] == list(range(len(calls)))
     for request, line in enumerate(blocks.line):
         first, num_nodes = blocks.first_node[request], blocks.num_nodes[request]
-        emitted, path, node = [], [], 0
-        while emitting[request]:
+        emitted, path, followed = [], [], [0]
+        node = 0
+        while emitting[request] and followed:
+            node = followed[0]
             emitted.append(targets[first + node])
             path.append(node)
-            children = [
+            followed = [
                 c
                 for c in range(1, num_nodes)
-                if table.parent[line, c] == node and tokens[first + c] == targets[first + node]
+                if table.parent[line, c] in followed and tokens[first + c] == emitted[-1]
             ]
-            if not children:
-                break
-            node = children[0]
         assert walk.tokens[request, : len(emitted)].tolist() == emitted
         assert (walk.tokens[request, len(emitted) :] == -1).all()
         assert walk.path[request, : len(path)].tolist() == path
@@ -99,7 +110,7 @@ def test_walk_and_next_blocks_equal_a_plain_loop(name, seed):
         if line != NO_BLOCK:
             rows = table.candidate_rows[line, node]
             while (
-                available < table.max_depths[template]
+                available < table.mask_depths[template]
                 and 0 <= rows[available] < blocks.num_rows[request]
             ):
                 assert masks.rows[request, available] == blocks.first_row[request] + rows[available]
@@ -119,7 +130,7 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
     _, blocks, tokens = make_step(table, 3, num_requests=30)
     template = len(table.first_line) - 1
     walk = blocks.walk(tokens, lambda nodes, *_: np.full(len(nodes), 900), np.ones(30, dtype=bool))
-    masks = blocks.chosen_masks(walk, int(table.max_depths[template]))
+    masks = blocks.chosen_masks(walk, int(table.mask_depths[template]))
     lines = table.first_line[template] + masks.depths
     used = masks.rows[masks.rows >= 0]
     top_tokens = used[:, None] * 10 + np.arange(table.rank.max() + 1)

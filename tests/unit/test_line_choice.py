@@ -9,7 +9,7 @@ from bita_vllm.tree import Template
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.markov import state_values
 from bita_vllm.tree.search import acceptance_table
-from bita_vllm.tree.shape import TreeBatch
+from bita_vllm.tree.shape import COPY_RANK, TreeBatch
 from bita_vllm.tree.template_set import TemplateSet
 
 K, RANKS = 3, 10
@@ -27,9 +27,12 @@ BROAD = Template.build([(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)], {0: 3, 1: 1})
 DEEP = Template.build([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)], {0: 3, 3: 1})
 LEAN = Template.build([(0, 0)], {0: 3, 1: 3})
 FORK = Template.build([(0, 0), (0, 1), (2, 0), (2, 1), (1, 0)], {0: 3})
+COPIES = Template.build([], {0: 2}, copies=6)
+BESIDE = Template.build([(0, 0)], {0: 2, 3: 2}, copies=3)
 SETS = [
     TemplateSet((BROAD, DEEP, LEAN, FORK)),
     TemplateSet((Template.from_widths([5, 4, 3], K), DEEP)),
+    TemplateSet((BROAD, COPIES, BESIDE)),
 ]
 LADDER = ladder_of(SETS)
 TABLE = LADDER.table
@@ -43,9 +46,10 @@ def promise(template, first, depths, probabilities):
     state = TreeBatch.of([cut.shape]).next_state(K)[0]
     reach = [1.0]
     for node in range(1, cut.num_nodes):
-        place = cut.depth[node] - 1, cut.rank[node]
+        is_copy = cut.rank[node] == COPY_RANK
+        place = cut.depth[node] - 1, TABLE.max_rank if is_copy else cut.rank[node]
         accepted = probabilities[place]
-        if cut.rank[cut.parent[node]] > 0:
+        if cut.rank[cut.parent[node]] > 0 and not is_copy:
             accepted *= ACCEPTANCE[0, 1][place] / ACCEPTANCE[0, 0][place]
         reach.append(reach[cut.parent[node]] * accepted)
     stop = reach.copy()
@@ -57,23 +61,28 @@ def promise(template, first, depths, probabilities):
 @pytest.mark.parametrize("seed", range(20))
 def test_the_line_promises_most(seed):
     rng = np.random.default_rng(seed)
-    index = seed % 2
+    index = seed % 3
     templates = SETS[index].templates
     num_requests, deepest = 30, TABLE.max_depth
-    depths = rng.integers(0, deepest + 1, num_requests)
+    depths = rng.integers(0, SETS[index].mask_depth + 1, num_requests)
     probabilities = np.sort(rng.dirichlet([0.3] * 12, (num_requests, deepest)))[..., :1:-1]
     probabilities = np.ascontiguousarray(probabilities[..., :RANKS], dtype=np.float32)
+    probabilities[..., TABLE.max_rank] = rng.random((num_requests, deepest))
     given = probabilities.copy()
-    given[np.arange(deepest) >= depths[:, None]] = np.nan  # no candidates: anything may stand there
+    of_masks = np.arange(RANKS) != TABLE.max_rank
+    # no candidates: anything may stand there
+    given[(np.arange(deepest) >= depths[:, None])[..., None] & of_masks] = np.nan
     lines = CHOICE(index, torch.from_numpy(depths), torch.from_numpy(given))
-    first = len(SETS[0].templates) * index
+    first = sum(len(one.templates) for one in SETS[:index])
     for request, line in enumerate(lines.tolist()):
         promised = [
-            promise(t, SETS[index].first, min(depths[request], t.max_depth), probabilities[request])
+            promise(
+                t, SETS[index].first, min(depths[request], t.mask_depth), probabilities[request]
+            )
             for t in templates
         ]
         own = [
-            TABLE.first_line[first + i] + min(depths[request], t.max_depth)
+            TABLE.first_line[first + i] + min(depths[request], t.mask_depth)
             for i, t in enumerate(templates)
         ]
         assert promised[own.index(line)] == pytest.approx(max(promised), abs=1e-5)

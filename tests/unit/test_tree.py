@@ -1,11 +1,14 @@
 """Templates: shape, prefixes, candidates, files, refusals."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bita_vllm.tree import Template, TemplateError, TemplateTable
+from bita_vllm.tree.shape import COPY_RANK
 
 
 @st.composite
@@ -142,3 +145,31 @@ def test_bad_template_files_are_refused_with_an_example(tmp_path, content):
     path.write_text(content)
     with pytest.raises(TemplateError, match="expected JSON like"):
         Template.load(path)
+
+
+def test_a_chain_of_copies_follows_the_nodes_that_masks_fill():
+    template = Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 2: 1, 5: 2}, copies=4)
+    assert template.rank[:8].tolist() == [-1, 0, 1, 0, *[COPY_RANK] * 4]
+    assert template.parent[:8].tolist() == [-1, 0, 0, 1, 0, 4, 5, 6]
+    assert (template.max_depth, template.mask_depth, template.max_rank) == (4, 2, 2)
+    # M2 and M3 of the root's group are still ahead of a walk that ended on the first copy.
+    assert template.candidate_rows[4].tolist() == [9, 10, -1]
+    assert template.candidate_rows[5].tolist() == [12, 13, -1]
+    assert Template.from_dict(json.loads(json.dumps(template.to_dict()))).to_dict() == (
+        template.to_dict()
+    )
+
+    cut = template.restrict(1)
+    assert cut.parent[:7].tolist() == [-1, 0, 0, 0, 3, 4, 5]
+    assert cut.group_length.tolist() == [3, 0, 1, 0, 2, 0, 0]
+    assert template.restrict(0).num_rows == 1 + 4 + 3 + 2
+
+    table = TemplateTable(template, Template.build([], {}, copies=2))
+    assert table.num_rows.tolist() == [10, 13, 14, 3]
+    assert table.rank[3, :3].tolist() == [-1, 2, 2]
+
+
+def test_copies_alone_need_no_mask_group():
+    assert Template.build([], {}, copies=3).num_rows == 4
+    with pytest.raises(TemplateError, match="the root needs a mask group"):
+        Template.build([(0, 0)], {})
