@@ -1,7 +1,8 @@
 """Verification: walk each request's tree along the target's own tokens.
 
 At a node take the target's token; if a child holds it, go there, else stop. The tokens taken are the
-output. The mask rows that predict the positions after the stop give the candidates of the next block.
+output. Two children may hold it, a mask's candidate and a copied token: the walk goes on below both, and the first
+stands for them, as their rows hold the same. The mask rows that predict the positions after the stop give the candidates of the next block.
 
 Greedy targets are `torch.argmax(logits, dim=-1, out=target_tokens)`: one launch that reads the logits
 once, in their own dtype (no fp32 copy), and writes 8 bytes a row. Ties go to the lowest token id, NaN counts as
@@ -116,18 +117,18 @@ def accept_tree_naive(
         root, first = int(first_row[request]), int(first_target[request])
         num_nodes = min(int(table.num_nodes[own_line]), rows) if own_line >= 0 else min(1, rows)
         tokens[request], path[request], mask_rows[request] = -1, 0, -1
-        node: int | None = 0 if emitting[request] and rows > 0 else None
+        followed = [0] if emitting[request] and rows > 0 else []
         emitted = stopped_at = 0
-        while node is not None:
-            stopped_at, target = node, int(target_tokens[first + node])
-            tokens[request, emitted], path[request, emitted] = target, node
+        while followed:
+            stopped_at, target = followed[0], int(target_tokens[first + followed[0]])
+            tokens[request, emitted], path[request, emitted] = target, stopped_at
             emitted += 1
-            children = (
+            ends = followed[0], followed[-1]
+            followed = [
                 child
                 for child in range(1, num_nodes)
-                if table.parent[own_line, child] == node and row_tokens[root + child] == target
-            )
-            node = next(children, None)
+                if table.parent[own_line, child] in ends and row_tokens[root + child] == target
+            ]
         candidates = table.candidate_rows[own_line, stopped_at].tolist() if own_line >= 0 else []
         available = 0
         while available < len(candidates) and 0 <= candidates[available] < rows:
@@ -183,6 +184,7 @@ def _accept_tree_kernel(
 
     walking = (tl.load(emitting_ptr + request) != 0) & (num_rows > 0)
     node = 0
+    last = 0
     emitted = 0
     out = tokens_ptr + request * (MAX_DEPTH + 3)
     for step in tl.static_range(MAX_DEPTH + 1):
@@ -190,8 +192,9 @@ def _accept_tree_kernel(
         tl.store(out + step, tl.where(walking, target, -1))
         tl.store(path_ptr + request * (MAX_DEPTH + 1) + step, tl.where(walking, node, 0))
         emitted += walking.to(tl.int32)
-        matches = inside & (parent == node) & (held == target)
+        matches = inside & ((parent == node) | (parent == last)) & (held == target)
         child = tl.min(tl.where(matches, node_rows, BLOCK_NODES), axis=0)
+        last = tl.max(tl.where(matches, node_rows, -1), axis=0)
         walking = walking & (child < BLOCK_NODES)
         node = tl.where(walking, child, node)
     tl.store(num_emitted_ptr + request, emitted)

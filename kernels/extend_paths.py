@@ -27,6 +27,7 @@ class Chains:
 
     Attributes:
         path: `[B, D + 1]` int32, node at each depth.
+        last: `[B]` int32, the last node that the walk follows: a copied token beside the path's own node, or that node.
         walking: `[B]` int32, 1 while a child holds what was sampled.
         rows: `[B * (D + 1)]` int64, place of each row among the nodes of all requests.
         tokens: `[B * (D + 1)]` int32, input token; positions: int64; slots: int64; local: int32, depth.
@@ -34,6 +35,7 @@ class Chains:
     """
 
     path: torch.Tensor
+    last: torch.Tensor
     walking: torch.Tensor
     rows: torch.Tensor
     tokens: torch.Tensor
@@ -53,6 +55,7 @@ class Chains:
         rows = num_requests * steps
         return cls(
             path=of(num_requests, steps),
+            last=of(num_requests),
             walking=of(num_requests),
             rows=of(rows, dtype=torch.int64),
             tokens=of(rows),
@@ -133,15 +136,13 @@ def extend_paths_naive(
     num_nodes = len(node_tokens) // num_requests
     for request in range(num_requests):
         first, own_line = request * num_nodes, int(line[request])
-        node = 0
+        node = last = 0
         if sampled is None:
             chains.targets[first : first + num_nodes] = -1
             chains.walking[request] = 1
         else:
-            node, token = (
-                int(chains.path[request, length - 1]),
-                int(sampled[(request + 1) * length - 1]),
-            )
+            node = last = int(chains.path[request, length - 1])
+            token = int(sampled[(request + 1) * length - 1])
             if chains.walking[request]:
                 chains.targets[first + node] = token
                 own = (
@@ -149,14 +150,15 @@ def extend_paths_naive(
                     if own_line >= 0
                     else 1
                 )
-                children = (
+                children = [
                     child
                     for child in range(1, own)
-                    if table.parent[own_line, child] == node and node_tokens[first + child] == token
-                )
-                child = next(children, None)
-                chains.walking[request] = child is not None
-                node = node if child is None else child
+                    if table.parent[own_line, child] in (node, int(chains.last[request]))
+                    and node_tokens[first + child] == token
+                ]
+                chains.walking[request] = bool(children)
+                node, last = (children[0], children[-1]) if children else (node, node)
+        chains.last[request] = last
         if length > table.max_depth:
             continue
         chains.path[request, length] = node
@@ -182,6 +184,7 @@ def _extend_paths_kernel(
     table_nodes_ptr,
     parent_ptr,
     path_ptr,
+    last_ptr,
     walking_ptr,
     chain_rows_ptr,
     chain_tokens_ptr,
@@ -215,10 +218,13 @@ def _extend_paths_kernel(
     inside = (place > 0) & (place < own)
     parent = tl.load(parent_ptr + table_line * table_rows + place, mask=inside, other=-1)
     held = tl.load(node_tokens_ptr + first + place, mask=inside, other=-1)
-    matches = inside & (parent == node) & (held == token)
+    last = tl.load(last_ptr + request, mask=started, other=0)
+    matches = inside & ((parent == node) | (parent == last)) & (held == token)
     child = tl.min(tl.where(matches, place, BLOCK_NODES), axis=0)
     walking &= child < BLOCK_NODES
     node = tl.where(walking, child, node)
+    last = tl.where(walking, tl.max(tl.where(matches, place, 0), axis=0), node)
+    tl.store(last_ptr + request, last)
     grows = length <= MAX_DEPTH
     tl.store(walking_ptr + request, tl.where(started, walking.to(tl.int32), 1))
     tl.store(path_ptr + length, node, mask=grows)

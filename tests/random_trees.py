@@ -14,7 +14,7 @@ MAX_RANK = 6
 
 @st.composite
 def templates(draw: st.DrawFn) -> Template:
-    """Up to 10 draft nodes anywhere, mask groups of 1 to 5 under the root and some of the nodes."""
+    """Up to 10 draft nodes anywhere, up to 6 copies, mask groups of 1 to 5 under the root and some of the nodes."""
     nodes: list[tuple[int, int]] = []
     for row in range(1, draw(st.integers(1, 10)) + 1):
         parent = draw(st.integers(0, row - 1))
@@ -24,8 +24,9 @@ def templates(draw: st.DrawFn) -> Template:
             nodes.append((parent, draw(st.sampled_from(free))))
         else:
             break
-    groups = draw(st.dictionaries(st.integers(1, len(nodes)), st.integers(1, 5)))
-    return Template.build(nodes, {**groups, 0: draw(st.integers(1, 5))})
+    copies = draw(st.integers(0, 6))
+    groups = draw(st.dictionaries(st.integers(1, len(nodes) + copies), st.integers(1, 5)))
+    return Template.build(nodes, {**groups, 0: draw(st.integers(1, 5))}, copies)
 
 
 def random_template(rng: np.random.Generator) -> Template:
@@ -45,7 +46,8 @@ class Step:
     """B requests: blocks of any line, some of them cut, among prefills; targets often follow a child.
 
     Attributes:
-        row_tokens: `[rows of the step]` int64, distinct in node rows but for a few.
+        row_tokens: `[rows of the step]` int64, distinct in node rows but for a few, and for copies, most of which
+            repeat a node beside them.
         targets: `[N]` int64, target token of every node row.
         emitting: `[B]` bool.
     """
@@ -68,6 +70,11 @@ class Step:
         row_tokens = generator.permutation(10_000)[: blocks.num_rows.sum()]
         doubled = generator.random(len(row_tokens)) < 0.1
         row_tokens[doubled] = row_tokens[0]
+        for request in np.flatnonzero(line >= 0):
+            depth, held = table.depth[line[request]], row_tokens[blocks.first_row[request] :]
+            is_copy = table.rank[line[request], : blocks.num_nodes[request]] == table.max_rank
+            for node in np.flatnonzero(is_copy & (generator.random(len(is_copy)) < 0.7)):
+                held[node] = held[np.flatnonzero(depth[: node + 1] == depth[node])[0]]
         targets = generator.integers(20_000, 30_000, blocks.num_nodes.sum())
         for request in np.flatnonzero(line >= 0):
             # Beyond the cut lie other requests' rows, whose tokens must not count as children.

@@ -82,9 +82,8 @@ class StepBlocks:
     ) -> Walk:
         """Walk every tree from its root: take the target's token, follow the children that hold it.
 
-        There are several where a copied token repeats a mask's candidate. The walk follows all of them; the first
-        gives the target and the row, as their rows hold the same. The targets are sampled along the walk, with one
-        call a depth. So each emitted token is drawn exactly as a plain step would draw it, given the tokens before it.
+        There are two where a copied token repeats a mask's candidate. The walk follows both; the first gives the target
+        and the row, as their rows hold the same. The targets are sampled along the walk, with one call a depth. So each emitted token is drawn exactly as a plain step would draw it, given the tokens before it.
         """
         num_requests = len(self.line)
         longest = self.table.max_depth + 1
@@ -96,19 +95,21 @@ class StepBlocks:
         inside = places < self.num_nodes[:, None]
         held = np.full(inside.shape, -1, dtype=np.int64)
         held[inside] = node_tokens
-        is_draft = inside & (places > 0)
-        parent = np.where(is_draft, self.table.parent[self.line][:, : len(places)], 0)
-        followed = places == node[:, None]
+        parent = np.where(inside, self.table.parent[self.line][:, : len(places)], NO_BLOCK)
+        parent[:, 0] = NO_BLOCK
+        last = node
         for step in range(longest):
             sampled = sample(self.first_node + node, walking, step)
             tokens[walking, step] = sampled[walking]
             path[walking, step] = node[walking]
-            followed = np.take_along_axis(followed, parent, axis=1) & is_draft
-            followed &= held == sampled[:, None]
-            walking = walking & followed.any(axis=1)
+            children = ((parent == node[:, None]) | (parent == last[:, None])) & (
+                held == sampled[:, None]
+            )
+            walking = walking & children.any(axis=1)
             if not walking.any():
                 break
-            node = np.where(walking, followed.argmax(axis=1), node)
+            node = np.where(walking, children.argmax(axis=1), node)
+            last = np.where(walking, places[-1] - children[:, ::-1].argmax(axis=1), node)
         return Walk(tokens=tokens, path=path, num_emitted=(tokens >= 0).sum(axis=1), last_node=node)
 
     def chosen_masks(self, walk: Walk, max_depth: int) -> ChosenMasks:
