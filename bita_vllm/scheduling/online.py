@@ -81,8 +81,8 @@ class Acceptance:
         for template, first in zip(templates, table.first_line.tolist(), strict=True):
             # Node rows keep their order in a restricted template, but not their numbers.
             whole = reach_by_depths(TreeBatch.of([template.shape]), self.expected)[0]
-            for depths in range(template.max_depth + 1):
-                kept = np.flatnonzero(template.depth[: template.num_nodes] <= depths)
+            for depths in range(template.mask_depth + 1):
+                kept = template.kept_nodes(depths)
                 reach[first + depths, : len(kept)] = whole[depths, kept]
         parent = reach[self._line, self._parent[self._line, self._node]]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -310,7 +310,7 @@ class WidthPolicy:
 
 def lines_of(templates: TemplateSet) -> int:
     """Lines that a set has in a `TemplateTable`."""
-    return sum(template.max_depth + 1 for template in templates.templates)
+    return sum(template.mask_depth + 1 for template in templates.templates)
 
 
 def policy_of(

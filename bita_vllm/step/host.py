@@ -83,7 +83,8 @@ class StepBlocks:
         """Walk every tree from its root: take the target's token, follow the children that hold it.
 
         There are two where a copied token repeats a mask's candidate. The walk follows both; the first gives the target
-        and the row, as their rows hold the same. The targets are sampled along the walk, with one call a depth. So each emitted token is drawn exactly as a plain step would draw it, given the tokens before it.
+        and the row, as their rows hold the same. The targets are sampled along the walk, with one call a depth. So
+        each emitted token is drawn exactly as a plain step would draw it, given the tokens before it.
         """
         num_requests = len(self.line)
         longest = self.table.max_depth + 1

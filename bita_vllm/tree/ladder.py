@@ -134,7 +134,7 @@ class Ladder:
     def check(self, num_masks: int) -> None:
         """Raise LadderError unless an adapter with k = `num_masks` can serve every template."""
         longest = max(one.num_masks for one in self.template_sets)
-        deepest = max(one.max_depth for one in self.template_sets)
+        deepest = max(one.mask_depth for one in self.template_sets)
         if beyond := beyond_masks(longest, deepest, num_masks):
             raise LadderError(
                 f"The ladder has {beyond}; make a ladder for this adapter with 'bita tune'."

@@ -229,7 +229,7 @@ class Template:
             template = cls.load(text)
         else:
             return None
-        if beyond := beyond_masks(template.num_masks, template.max_depth, num_masks):
+        if beyond := beyond_masks(template.num_masks, template.mask_depth, num_masks):
             raise TemplateError(
                 f"Tree {text!r} has {beyond}; use a tree of shorter groups and fewer depths."
             )

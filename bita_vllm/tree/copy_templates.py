@@ -1,0 +1,70 @@
+"""Templates with a chain of copied tokens, for the sets of a ladder (NumPy only).
+
+A copied node costs one row and needs no mask group. Within a set's row budget a chain takes the place of some of the
+masks' nodes and groups; which template a block takes depends on whether there is something to copy, and how sure it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from bita_vllm.tree.search import MIN_ROWS, best_templates
+from bita_vllm.tree.template import Template
+from bita_vllm.tree.template_set import TemplateSet
+
+CHAINS = (3, 7, 15)
+MAX_COPIES = CHAINS[-1]
+
+
+def chains_within(num_rows: int) -> list[int]:
+    """Lengths of the chains that a row budget has templates for, the last with as few other rows as can be."""
+    longest = min(num_rows - 1, MAX_COPIES)
+    return [*(length for length in CHAINS if length < longest), longest]
+
+
+def with_copies(
+    sets: Iterable[TemplateSet],
+    # [ages, 2, k, ranks]
+    acceptance: np.ndarray,
+) -> tuple[TemplateSet, ...]:
+    """Each set with templates added that copy: chains of several lengths, each with the best tree for the other rows."""
+    sets = tuple(sets)
+    lengths = [chains_within(one.first.num_rows) for one in sets]
+    left = {
+        one.first.num_rows - length
+        for one, own in zip(sets, lengths, strict=True)
+        for length in own
+    }
+    budgets = sorted(rows for rows in left if rows >= MIN_ROWS)
+    trees = dict(zip(budgets, best_templates(budgets, acceptance), strict=True)) if budgets else {}
+    return tuple(
+        TemplateSet(
+            one.templates
+            + tuple(
+                _beside_chain(trees.get(one.first.num_rows - n), one.first.num_rows, n) for n in own
+            ),
+            one.gain,
+        )
+        for one, own in zip(sets, lengths, strict=True)
+    )
+
+
+def copies_alone(budgets: Iterable[int]) -> tuple[TemplateSet, ...]:
+    """A set of chains for each row budget, the longest first: blocks without masks."""
+    return tuple(
+        TemplateSet(tuple(Template.build([], {}, n) for n in reversed(chains_within(rows))))
+        for rows in budgets
+    )
+
+
+def _beside_chain(tree: Template | None, num_rows: int, copies: int) -> Template:
+    """The chain beside a tree; without one, beside what mask rows of the root there is room for."""
+    if tree is None:
+        masks = num_rows - copies - 1
+        return Template.build([], {0: masks} if masks else {}, copies)
+    nodes = tree.num_nodes
+    pairs = zip(tree.parent[1:nodes].tolist(), tree.rank[1:nodes].tolist(), strict=True)
+    groups = {row: int(length) for row, length in enumerate(tree.group_length) if length}
+    return Template.build(list(pairs), groups, copies)
