@@ -2,7 +2,8 @@
 
 At a node take the target's token; if a child holds it, go there, else stop. The tokens taken are the
 output. Two children may hold it, a mask's candidate and a copied token: the walk goes on below both, and the first
-stands for them, as their rows hold the same. The mask rows that predict the positions after the stop give the candidates of the next block.
+stands for them, as their rows hold the same. The mask rows that predict the positions after the stop give the
+candidates of the next block.
 
 Greedy targets are `torch.argmax(logits, dim=-1, out=target_tokens)`: one launch that reads the logits
 once, in their own dtype (no fp32 copy), and writes 8 bytes a row. Ties go to the lowest token id, NaN counts as

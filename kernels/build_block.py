@@ -71,7 +71,7 @@ def build_block(
         line_of_slot,
         set_index,
         num_depths,
-        min(choice.max_depths[set_index], num_depths),
+        min(choice.mask_depths[set_index], num_depths),
         num_templates,
         first_mask_id,
         table.num_rows,

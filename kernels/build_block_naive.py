@@ -23,7 +23,7 @@ def build_block_naive(
     """As `build_block`."""
     draft_tokens.fill_(PADDING_TOKEN)
     for request, slot in enumerate(slots.tolist()):
-        most = min(choice.max_depths[set_index], candidates.tokens.shape[1])
+        most = min(choice.mask_depths[set_index], candidates.tokens.shape[1])
         available = min(int(candidates.depths[request]), most)
         lines = choice.lines[set_index, available].tolist()[: choice.num_templates[set_index]]
         line = lines[0]

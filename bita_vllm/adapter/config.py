@@ -196,7 +196,7 @@ def _check_acceptance(acceptance: dict[str, Any], num_masks: int, where: str) ->
         ) from None
     for rows, one in sets.items():
         longest = max((template.longest_group for template in one.templates), default=0)
-        deepest = max((template.max_depth for template in one.templates), default=0)
+        deepest = max((template.mask_depth for template in one.templates), default=0)
         if beyond := beyond_masks(longest, deepest, num_masks):
             raise AdapterError(f"The template set of {rows} rows in {where} has {beyond}; {again}.")
 

@@ -68,5 +68,5 @@ class GPUMasks:
         # output, of these requests
         candidates: Candidates,
     ) -> None:
-        most_depths = self._trees.choice.max_depths[set_index]
+        most_depths = self._trees.choice.mask_depths[set_index]
         rank_tokens(logits, logits_rows, most_depths, self._chances, self.ranking, candidates)

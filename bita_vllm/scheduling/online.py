@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bita_vllm.scheduling.accounts import Accounts
 from bita_vllm.scheduling.promise import Promise
+from bita_vllm.scheduling.seen_acceptance import FADE, PRIOR_BLOCKS, Acceptance, Copying, lines_of
 from bita_vllm.scheduling.seen_cost import SeenCost
-from bita_vllm.tree import NO_BLOCK, TemplateTable
+from bita_vllm.tree import NO_BLOCK
 from bita_vllm.tree.ladder import PLAIN_WIDTH, Ladder, describe_ranges, ranges_of
 from bita_vllm.tree.ladder_search import (
     MIN_GAIN,
@@ -26,109 +27,13 @@ from bita_vllm.tree.ladder_search import (
     rows_of,
     step_seconds,
 )
-from bita_vllm.tree.markov import reach_by_depths
 from bita_vllm.tree.search import evaluate, scaled
-from bita_vllm.tree.shape import TreeBatch
 from bita_vllm.tree.step_cost import MeasuredCost, StepCost
-from bita_vllm.tree.template_set import TemplateSet, templates_of
-
-if TYPE_CHECKING:
-    from bita_vllm.tree import Template
 
 REVIEW_SECONDS = 10.0
-FADE = 0.9  # of all counts, at each review: half is left after a minute
-PRIOR_HITS = 30.0  # the expectation weighs as much as this many seen hits
 PROBE_STEPS = 16  # of plain decoding, to tell rows that cost more from a slower machine
 SURE = 2.0  # standard errors: within, a gain may be a loss
-# Standard deviation of a block's accepted length, relative to its mean, and how many blocks the expectation counts as.
-LENGTH_DEVIATION, PRIOR_BLOCKS = 0.5, 280.0
-
-
-class Acceptance:
-    """Acceptance as it is now, from where walks stopped and where they were expected to.
-
-    The expectation is the adapter's statistics. What is learnt is a factor on them, by depth and rank: seen hits
-    over expected ones, drawn towards the factor of the depth, and that towards 1.
-    """
-
-    def __init__(
-        self,
-        ladder: Ladder,
-        # [ages, 2, k, ranks]
-        expected: np.ndarray,
-    ) -> None:
-        self.expected = expected
-        sets, table = ladder.template_sets, ladder.table
-        num_nodes = table.max_nodes
-        self._stops = np.zeros((len(table.num_nodes), num_nodes))  # blocks by line and last node
-        self._parent = table.parent[:, :num_nodes]
-        is_draft = np.arange(num_nodes) < table.num_nodes[:, None]
-        is_draft[:, 0] = False
-        self._line, self._node = np.nonzero(is_draft)
-        self._depth = table.depth[self._line, self._node] - 1  # of the prediction: 0 is the first
-        self._rank = table.rank[self._line, self._node]
-        self._chance = self._expected_chance(templates_of(sets), table)
-        # Where blocks choose their tree, its nodes are accepted more often than on the whole.
-        lengths = evaluate([one.first.shape for one in sets], expected).accepted_length
-        gains = np.array([one.gain for one in sets])
-        lift = 1 + lengths * (gains - 1) / np.maximum(lengths - 1, 1e-9)
-        set_of_line = np.repeat(np.arange(len(sets)), [lines_of(one) for one in sets])
-        self._chance = np.minimum(self._chance * lift[set_of_line[self._line]], 1.0)
-
-    def _expected_chance(self, templates: Sequence[Template], table: TemplateTable) -> np.ndarray:
-        """`[drafts]` P(the node is accepted | its parent was, the line)."""
-        reach = np.full(self._stops.shape, np.nan)
-        for template, first in zip(templates, table.first_line.tolist(), strict=True):
-            # Node rows keep their order in a restricted template, but not their numbers.
-            whole = reach_by_depths(TreeBatch.of([template.shape]), self.expected)[0]
-            for depths in range(template.mask_depth + 1):
-                kept = template.kept_nodes(depths)
-                reach[first + depths, : len(kept)] = whole[depths, kept]
-        parent = reach[self._line, self._parent[self._line, self._node]]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return reach[self._line, self._node] / parent
-
-    def add(
-        self,
-        # [B] line of the template table, -1 for none
-        line: np.ndarray,
-        # [B] row where the walk stopped
-        node: np.ndarray,
-    ) -> None:
-        """Count where the walks of a step stopped."""
-        np.add.at(self._stops, (line[line >= 0], node[line >= 0]), 1.0)
-
-    def fade(self) -> None:
-        """Let older evidence count less."""
-        self._stops *= FADE
-
-    @property
-    def num_blocks(self) -> float:
-        """Blocks that were seen, older ones counted less."""
-        return float(self._stops.sum())
-
-    def estimate(self) -> np.ndarray:
-        """`[ages, 2, k, ranks]` acceptance as it is now."""
-        visits = self._stops.copy()
-        every_line = np.arange(len(visits))
-        for node in range(visits.shape[1] - 1, 0, -1):
-            parent = self._parent[:, node]
-            visits[every_line, np.maximum(parent, 0)] += np.where(parent >= 0, visits[:, node], 0.0)
-        tried = visits[self._line, self._parent[self._line, self._node]]
-        known = np.isfinite(self._chance) & (tried > 0)
-        place = self._depth[known], self._rank[known]
-        shape = self.expected.shape[2], int(self._rank.max()) + 1
-        hits, expected = np.zeros(shape), np.zeros(shape)
-        np.add.at(hits, place, visits[self._line, self._node][known])
-        np.add.at(expected, place, (tried * self._chance)[known])
-        of_depth = (hits.sum(axis=1) + PRIOR_HITS) / (expected.sum(axis=1) + PRIOR_HITS)
-        factor = np.repeat(of_depth[:, None], self.expected.shape[3], axis=1)  # [k, ranks]
-        factor[:, : shape[1]] = (hits + PRIOR_HITS * of_depth[:, None]) / (expected + PRIOR_HITS)
-        found = self.expected.copy()
-        for age in range(found.shape[0]):
-            for mask in range(age, found.shape[2]):
-                found[age, :, mask] *= factor[mask - age]
-        return found / np.maximum(found.sum(axis=-1, keepdims=True), 1.0)
+LENGTH_DEVIATION = 0.5  # standard deviation of a block's accepted length, relative to its mean
 
 
 class WidthPolicy:
@@ -184,6 +89,7 @@ class WidthPolicy:
         # [T, N] whether a batch size may have the template
         self._usable = usable[:, None] & (np.outer(rows, sizes) <= most_rows) & np.array(may_have)
         self.acceptance = Acceptance(ladder, acceptance)
+        self._copying = Copying(ladder, run.accepted_length * self._gains)
         expected = np.vstack(step_seconds(cost, rows, sizes, context))
         self.cost = SeenCost(expected)
         self._promise = Promise(run.accepted_length * self._gains, expected)
@@ -233,6 +139,7 @@ class WidthPolicy:
         if self._accounts is not None:
             self._accounts.settle(requests, line, node, self._price[num_requests])
         used = self._template_of_line[line[has_block]]
+        self._copying.add(used, line[has_block], node[has_block])
         template = int(used[0]) if len(used) else PLAIN
         share = len(used) / num_requests if len(used) else 1.0
         # Padded, a step of blocks and single rows is another kind of step: none for a CUDA graph.
@@ -251,7 +158,7 @@ class WidthPolicy:
             return False
         self._reviewed = now
         run = evaluate(self._drafts, self.acceptance.estimate())
-        lengths = run.accepted_length * self._gains
+        lengths = self._copying.with_copies(run.accepted_length * self._gains)
         seconds, errors = self.cost.seconds(), self.cost.errors()
         n = self._num_requests
         template = self._widths.index(self._table[n])
@@ -266,6 +173,7 @@ class WidthPolicy:
         ):
             self._probe = PROBE_STEPS
         self.acceptance.fade()
+        self._copying.fade()
         self.cost.fade(FADE)
         self._set_prices(seconds)
         return changed
@@ -306,11 +214,6 @@ class WidthPolicy:
         template = [self._widths.index(width) for width in self._table[1:]]
         of_step = seconds[template, np.arange(seconds.shape[1])] / seconds[PLAIN] - 1
         self._price = np.append(0.0, of_step / np.append(self._rows - 1, 1.0)[template])
-
-
-def lines_of(templates: TemplateSet) -> int:
-    """Lines that a set has in a `TemplateTable`."""
-    return sum(template.mask_depth + 1 for template in templates.templates)
 
 
 def policy_of(

@@ -74,21 +74,21 @@ class TemplateSchema(_Schema):
         return max(self.groups.values(), default=0)
 
     @property
-    def max_depth(self) -> int:
-        """Deepest draft node; nodes whose parent does not come before them count as the root."""
+    def mask_depth(self) -> int:
+        """Deepest draft node that masks fill; nodes whose parent does not come before them count as the root."""
         depths = [0]
         for parent, _ in self.nodes:
             depths.append(depths[parent] + 1 if 0 <= parent < len(depths) else 0)
         return max(depths)
 
 
-def beyond_masks(longest_group: int, max_depth: int, num_masks: int) -> str | None:
+def beyond_masks(longest_group: int, mask_depth: int, num_masks: int) -> str | None:
     """What of a tree is beyond an adapter's masks, as what follows 'the tree has'; None if they reach all of it."""
     if longest_group > num_masks:
         return f"a mask group of {longest_group} rows, but the adapter has {num_masks} mask tokens"
-    if max_depth > num_masks:
+    if mask_depth > num_masks:
         return (
-            f"draft nodes at depth {max_depth}, but the adapter's {num_masks} mask tokens predict no further than as "
+            f"draft nodes at depth {mask_depth}, but the adapter's {num_masks} mask tokens predict no further than as "
             "many tokens"
         )
     return None

@@ -91,7 +91,7 @@ class LineChoice:
         chance: torch.Tensor,
     ) -> torch.Tensor:
         """`[B]` int64, line of the table for each request's next block: one of set `index`, or of its first."""
-        lines = self.lines[index][depths.long().clamp(max=self.max_depths[index])]  # [B, templates]
+        lines = self.lines[index][depths.long().clamp(max=self.mask_depths[index])]  # [B, templates]
         if self.num_templates[index] == 1:
             return lines[:, 0]
         flat = chance.flatten(1)[:, None].expand(-1, lines.shape[1], -1)

@@ -29,7 +29,7 @@ def with_copies(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> tuple[TemplateSet, ...]:
-    """Each set with templates added that copy: chains of several lengths, each with the best tree for the other rows."""
+    """Each set with templates that copy: chains of several lengths, each beside the best tree for the other rows."""
     sets = tuple(sets)
     lengths = [chains_within(one.first.num_rows) for one in sets]
     left = {

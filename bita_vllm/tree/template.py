@@ -332,8 +332,8 @@ class TemplateTable:
     """The blocks that templates can take, one for each number of depths that have candidates, padded alike.
 
     A line is one of these blocks: `first_line[t] + D` (D from 0 to `mask_depths[t]`) is `templates[t].restrict(D)`.
-    D = 0 is the block of a request whose masks gave no candidates. Blocks of several templates may meet in a step, and a
-    walk in a block of one template may give the candidates of a block of another.
+    D = 0 is the block of a request whose masks gave no candidates. Blocks of several templates may meet in a step, and
+    a walk in a block of one template may give the candidates of a block of another.
 
     Attributes:
         template: the largest.

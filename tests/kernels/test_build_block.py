@@ -86,7 +86,7 @@ def next_block(rank, build, *, logits, logits_rows, ranking, candidates, table, 
     if logits is None:
         candidates = candidates.none()
     else:
-        most_depths = choice.max_depths[others["set_index"]]
+        most_depths = choice.mask_depths[others["set_index"]]
         chances = max(choice.num_templates) > 1
         rank(logits, logits_rows, most_depths, chances, ranking, candidates)
         assert not ranking.arrived.any(), "the next launch counts from 0"

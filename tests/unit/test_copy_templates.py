@@ -1,11 +1,12 @@
 """Templates that copy, within the row budgets of a ladder's sets."""
 
 import pytest
+from tree_tools import sets_of_one
 
 from bita_vllm.tree import Template
 from bita_vllm.tree.copy_templates import MAX_COPIES, chains_within, copies_alone, with_copies
 from bita_vllm.tree.search import acceptance_table, best_template
-from bita_vllm.tree.template_set import TemplateSet, sets_of_one
+from bita_vllm.tree.template_set import TemplateSet
 
 ACCEPTANCE = acceptance_table(None, 3)
 

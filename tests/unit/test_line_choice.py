@@ -28,11 +28,12 @@ DEEP = Template.build([(0, 0), (1, 0), (2, 0), (1, 1), (2, 1)], {0: 3, 3: 1})
 LEAN = Template.build([(0, 0)], {0: 3, 1: 3})
 FORK = Template.build([(0, 0), (0, 1), (2, 0), (2, 1), (1, 0)], {0: 3})
 COPIES = Template.build([], {0: 2}, copies=6)
+WIDE = Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 1: 3, 2: 2})
 BESIDE = Template.build([(0, 0)], {0: 2, 3: 2}, copies=3)
 SETS = [
     TemplateSet((BROAD, DEEP, LEAN, FORK)),
     TemplateSet((Template.from_widths([5, 4, 3], K), DEEP)),
-    TemplateSet((BROAD, COPIES, BESIDE)),
+    TemplateSet((WIDE, COPIES, BESIDE)),
 ]
 LADDER = ladder_of(SETS)
 TABLE = LADDER.table

@@ -9,7 +9,8 @@ from tree_tools import ladder_of, long_run_of, sets_of_one
 from two_kinds import predictions
 
 from bita_vllm.scheduling import accounts
-from bita_vllm.scheduling.online import REVIEW_SECONDS, Acceptance, WidthPolicy, policy_of
+from bita_vllm.scheduling.online import REVIEW_SECONDS, WidthPolicy, policy_of
+from bita_vllm.scheduling.seen_acceptance import Acceptance, Copying
 from bita_vllm.training.evaluate import (
     acceptance_statistics,
     accepted_lengths,
@@ -17,10 +18,11 @@ from bita_vllm.training.evaluate import (
 )
 from bita_vllm.training.set_search import find_set
 from bita_vllm.tree import Template
+from bita_vllm.tree.copy_templates import with_copies
 from bita_vllm.tree.ladder import Ladder
 from bita_vllm.tree.ladder_search import PLAIN, choose_ladder
 from bita_vllm.tree.replay import TreeWalker
-from bita_vllm.tree.search import acceptance_table, best_templates
+from bita_vllm.tree.search import acceptance_table, best_template, best_templates
 from bita_vllm.tree.step_cost import H100_8B, MeasuredCost
 from bita_vllm.tree.template_set import TemplateSet
 from bita_vllm.tuning.simulator import simulate, synthetic_traces
@@ -343,3 +345,24 @@ def test_a_promise_that_the_first_minute_breaks_is_said_once(masks, dearer, says
         ((now, sentence),) = said
         assert 60 <= now < 60 + 2 * REVIEW_SECONDS + 1
         assert says in sentence and sentence.endswith("'bita tune' times this machine anew.")
+
+
+def test_copies_lift_expected_lengths_as_far_as_they_are_seen_to():
+    sets = with_copies(sets_of_one([best_template(8, 3)]), acceptance_table(None, 3))
+    ladder = ladder_of(sets)
+    copying, masks_alone = Copying(ladder, np.array([1.6])), np.array([1.6])
+    assert copying.with_copies(masks_alone) == pytest.approx(1.6)
+    table = ladder.table
+    line = int(table.first_line[-1])  # the longest chain
+    whole = np.full(5, table.num_nodes[line] - 1)
+    for _ in range(200):
+        copying.add(np.zeros(5, dtype=int), np.full(5, line), whole)
+    emitted = 1 + table.max_depth
+    assert 0.8 * emitted < copying.with_copies(masks_alone)[0] < emitted
+    for _ in range(60):
+        copying.fade()
+    assert copying.with_copies(masks_alone) == pytest.approx(1.6, abs=0.05)
+
+    nothing_to_copy = Copying(ladder_of(sets_of_one([best_template(8, 3)])), np.array([1.6]))
+    nothing_to_copy.add(np.zeros(5, dtype=int), np.full(5, 1), np.zeros(5, dtype=int))
+    assert nothing_to_copy.with_copies(masks_alone) == pytest.approx(1.6)
