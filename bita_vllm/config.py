@@ -7,7 +7,7 @@ Python dict, speculators format). What cannot be served is refused in `refusals.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -18,10 +18,11 @@ from bita_vllm import refusals
 from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
 from bita_vllm.adapter.config import AdapterConfig, ModelShape
 from bita_vllm.scheduling.default_rows import Machine, default_ladder
-from bita_vllm.scheduling.row_options import choose_ladder
+from bita_vllm.scheduling.row_options import AUTO, choose_ladder
 from bita_vllm.scheduling.token_budget import within_budget
 from bita_vllm.step.settings import BitaSettings, BitaSpeculativeConfig, ConfigError
 from bita_vllm.system import platform
+from bita_vllm.tree.copy_templates import with_copies
 from bita_vllm.tree.ladder import Ladder, ranges_of
 from bita_vllm.tree.search import acceptance_table
 
@@ -33,7 +34,7 @@ CPU_WORKER_CLS = "bita_vllm.runner.cpu.BitaCPUWorker"
 GPU_WORKER_CLS = "bita_vllm.runner.gpu.BitaGPUWorker"
 SCHEDULER_CLS = "bita_vllm.scheduling.scheduler.BitaScheduler"
 ASYNC_SCHEDULER_CLS = "bita_vllm.scheduling.scheduler.BitaAsyncScheduler"
-OPTIONS = ("method", "model", "num_speculative_tokens", "tree", "ladder")
+OPTIONS = ("method", "model", "num_speculative_tokens", "tree", "ladder", "copies")
 
 
 def merged_options(args: EngineArgs) -> dict[str, Any]:
@@ -86,13 +87,18 @@ def build_speculative_config(
         return default_ladder(adapter_config, Machine.here(platform.on_gpu()).serving(*run))
 
     tree, ladder = choose_ladder(options, adapter_config, platform.device_name(), default)
+    acceptance = acceptance_table(adapter_config.acceptance, adapter_config.num_mask_tokens)
+    copies = _wants_copies(options, tree)
+    if copies:
+        ladder = replace(ladder, template_sets=with_copies(ladder.template_sets, acceptance))
     settings = BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,
         num_speculative_tokens=ladder.widest.width,
         ladder=ladder,
         num_mask_tokens=adapter_config.num_mask_tokens,
-        acceptance=acceptance_table(adapter_config.acceptance, adapter_config.num_mask_tokens),
+        source="masks and copies" if copies else "masks",
+        acceptance=acceptance,
         mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
     # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
@@ -106,6 +112,23 @@ def build_speculative_config(
         target_parallel_config=parallel_config,
         bita=settings,
     )
+
+
+def _wants_copies(options: Mapping[str, Any], tree: str) -> bool:
+    """Whether blocks may copy text already seen: unless the user says no, or gave a tree of their own."""
+    asked = options.get("copies")
+    if asked not in (None, True, False):
+        raise ConfigError(
+            f"Speculative option 'copies' is {asked!r}; expected true or false: whether blocks may copy text that a "
+            "request has already seen."
+        )
+    if platform.on_gpu():
+        if asked:
+            raise ConfigError(
+                "Speculative option 'copies' is true, but blocks copy on the CPU platform only for now; leave it out."
+            )
+        return False
+    return tree == AUTO if asked is None else asked
 
 
 def _check_option_names(options: Mapping[str, Any]) -> None:

@@ -33,7 +33,9 @@ class ChoiceTable:
     def of(cls, choice: Any, max_rank: int, device: torch.device | str) -> ChoiceTable:
         """Copy a `bita_vllm.tree.choice.LineChoice` to the device; `max_rank` is the tree table's."""
         own = torch.where(choice.is_draft, choice.place * max_rank + choice.rank, -1)
-        places = [own, *(own.gather(1, ancestor) for ancestor in choice.ancestors)]
+        places = [own]
+        for _ in range(choice.max_depth - 1):
+            places.append(places[-1].gather(1, choice.parent))
         return cls(
             choice.lines.int().to(device),
             torch.stack(places).int().to(device),

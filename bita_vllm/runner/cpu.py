@@ -86,7 +86,9 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.table = settings.ladder.table
         self.choice = LineChoice(settings.ladder, settings.acceptance, torch.device("cpu"))
         self.vocab_size = self.model_config.get_vocab_size()
-        self.source = cpu_source(lambda rows: self.model.compute_logits(rows))
+        self.source = cpu_source(
+            settings.source, vllm_config, lambda rows: self.model.compute_logits(rows)
+        )
         self._step = CPUStep(self.input_batch)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:

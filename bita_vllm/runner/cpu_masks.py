@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from bita_kernels.candidates import Candidates
+from vllm.config import VllmConfig
 
 from bita_vllm.runner.cpu_step import CPUStep
 from bita_vllm.tree.template_set import TemplateSet
@@ -17,9 +18,11 @@ class CPUMasks:
 
     def __init__(
         self,
+        vllm_config: VllmConfig,
         # [n, H] -> [n, V]
         compute_logits: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
+        del vllm_config
         self.compute_logits = compute_logits
 
     def __call__(
@@ -33,7 +36,7 @@ class CPUMasks:
         blocks, walk = step.blocks, step.walk
         if blocks is None or walk is None:
             return _none(step, templates)
-        masks = blocks.chosen_masks(walk, templates.max_depth)
+        masks = blocks.chosen_masks(walk, templates.mask_depth)
         rows = masks.rows[masks.rows >= 0]
         if not len(rows):
             return _none(step, templates)
@@ -49,4 +52,4 @@ class CPUMasks:
 
 
 def _none(step: CPUStep, templates: TemplateSet) -> Candidates:
-    return Candidates.empty(step.batch.num_reqs, templates.max_depth, templates.max_rank, "cpu")
+    return Candidates.empty(step.batch.num_reqs, templates.mask_depth, templates.max_rank, "cpu")

@@ -131,6 +131,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             self.settings.num_speculative_tokens,
             vllm_config.model_config.get_vocab_size(),
             req_states,
+            self.settings.source,
             device,
         )
 

@@ -33,16 +33,20 @@ class BlockSpeculator(BaseSpeculator):
         num_drafts: int,
         vocab_size: int,
         req_states: Any,
+        source: str,
         device: torch.device,
     ) -> None:
-        self.vocab_size, self._req_states = vocab_size, req_states
+        """`source`: of drafts, by its name in `sources.py`."""
+        self.vocab_size, self._req_states, self._source_name = vocab_size, req_states, source
         # [max_num_reqs, R-1] the next block of each request of the step, in batch order
         self.draft_tokens = torch.zeros(max_num_reqs, num_drafts, dtype=torch.int64, device=device)
 
     def attach(self, model: Any, trees: StepTrees) -> None:
         """Take the loaded model, whose output head a source may use, and the trees of its steps."""
         self.trees = trees
-        self.source = gpu_source(model.compute_logits, trees, self._req_states, self.vocab_size)
+        self.source = gpu_source(
+            self._source_name, model.compute_logits, trees, self._req_states, self.vocab_size
+        )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing of its own to capture."""

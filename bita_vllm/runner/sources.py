@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
     from bita_kernels.candidates import Candidates
+    from vllm.config import VllmConfig
 
     from bita_vllm.runner.cpu_step import CPUStep
     from bita_vllm.runner.gpu_step import GPUStep
@@ -35,9 +36,16 @@ class Source:
     gpu: str
 
 
-MASKS = Source(cpu="bita_vllm.runner.cpu_masks.CPUMasks", gpu="bita_vllm.runner.gpu_masks.GPUMasks")
-# The source that engines use.
-SOURCE = MASKS
+# By the name that settings have for it.
+SOURCES = {
+    "masks": Source(
+        cpu="bita_vllm.runner.cpu_masks.CPUMasks", gpu="bita_vllm.runner.gpu_masks.GPUMasks"
+    ),
+    "masks and copies": Source(
+        cpu="bita_vllm.runner.cpu_copies.CPUMasksAndCopies",
+        gpu="bita_vllm.runner.gpu_masks.GPUMasks",
+    ),
+}
 
 
 class CPUSource(Protocol):
@@ -45,6 +53,7 @@ class CPUSource(Protocol):
 
     def __init__(
         self,
+        vllm_config: VllmConfig,
         # [n, H] -> [n, V], of the form of the model that the step runs
         compute_logits: Callable[[torch.Tensor], torch.Tensor],
     ) -> None: ...
@@ -93,11 +102,11 @@ class GPUSource(Protocol):
         ...
 
 
-def cpu_source(*args: Any) -> CPUSource:
-    """Make the source for a CPU runner, of the arguments of `CPUSource`."""
-    return resolve_obj_by_qualname(SOURCE.cpu)(*args)
+def cpu_source(name: str, *args: Any) -> CPUSource:
+    """Make a source for a CPU runner, of the arguments of `CPUSource`."""
+    return resolve_obj_by_qualname(SOURCES[name].cpu)(*args)
 
 
-def gpu_source(*args: Any) -> GPUSource:
-    """Make the source for a V2 runner, of the arguments of `GPUSource`."""
-    return resolve_obj_by_qualname(SOURCE.gpu)(*args)
+def gpu_source(name: str, *args: Any) -> GPUSource:
+    """Make a source for a V2 runner, of the arguments of `GPUSource`."""
+    return resolve_obj_by_qualname(SOURCES[name].gpu)(*args)

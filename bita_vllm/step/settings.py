@@ -47,6 +47,7 @@ class BitaSettings:
         num_speculative_tokens: R-1 of the largest template, what vLLM's scheduler counts as draft tokens.
         ladder: the step blocks, and which of them a step uses; of one template unless there is a ladder.
         num_mask_tokens: k of the adapter; mask ids are V to V+k-1.
+        source: of drafts, by its name in `runner/sources.py`.
         acceptance: `[ages, 2, k, ranks]` the adapter's statistics, as `tree.search.acceptance_table` makes them.
         mask_lora: rank and modules of the adapter's low-rank deltas, if it has any.
     """
@@ -56,6 +57,7 @@ class BitaSettings:
     num_speculative_tokens: int
     ladder: Ladder
     num_mask_tokens: int
+    source: str
     acceptance: np.ndarray = field(compare=False, repr=False)
     mask_lora: tuple[int, tuple[str, ...]] | None = None
 

@@ -27,6 +27,7 @@ class LineChoice:
     Attributes:
         num_templates: of each set.
         mask_depths: depths of each set that masks fill.
+        max_depth: deepest draft node.
     """
 
     def __init__(
@@ -61,23 +62,33 @@ class LineChoice:
                     kept = template.kept_nodes(depths)
                     weight[start + depths, : len(kept)] = whole[0, kept]
             first += len(one.templates)
-        # parent, parent's parent, ...; the root is its own
-        ancestors = np.zeros((max(table.max_depth - 1, 0), num_lines, num_nodes), dtype=np.int64)
+        # 1, 2, 4, ... nodes up; the root is its own parent
+        ancestors = np.zeros((table.max_depth.bit_length(), num_lines, num_nodes), dtype=np.int64)
         ancestor = parent
         for level in range(len(ancestors)):
             ancestors[level] = ancestor
-            ancestor = np.take_along_axis(parent, ancestor, axis=1)
+            ancestor = np.take_along_axis(ancestor, ancestor, axis=1)
         self.num_templates = tuple(len(one.templates) for one in sets)
         self.mask_depths = tuple(one.mask_depth for one in sets)
-        self.lines, self.is_draft, self.weight, self.place, self.rank, self.ancestors = (
+        self.max_depth = table.max_depth
+        (
+            self.lines,
+            self.is_draft,
+            self.weight,
+            self.place,
+            self.rank,
+            self.parent,
+            self.ancestors,
+        ) = (
             torch.from_numpy(column).to(device)
             for column in (
                 lines,  # [sets, mask depths + 1, templates]
-                is_draft,  # [lines, nodes], and the next three
+                is_draft,  # [lines, nodes], and the next four
                 weight,
                 np.maximum(depth - 1, 0),
                 rank,
-                ancestors,  # [max_depth - 1, lines, nodes]
+                parent,
+                ancestors,  # [log2 of max_depth, lines, nodes]
             )
         )
 
@@ -91,14 +102,16 @@ class LineChoice:
         chance: torch.Tensor,
     ) -> torch.Tensor:
         """`[B]` int64, line of the table for each request's next block: one of set `index`, or of its first."""
-        lines = self.lines[index][depths.long().clamp(max=self.mask_depths[index])]  # [B, templates]
+        lines = self.lines[index][
+            depths.long().clamp(max=self.mask_depths[index])
+        ]  # [B, templates]
         if self.num_templates[index] == 1:
             return lines[:, 0]
         flat = chance.flatten(1)[:, None].expand(-1, lines.shape[1], -1)
         place = self.place[lines] * chance.shape[2] + self.rank[lines]
         accepted = torch.where(self.is_draft[lines], flat.gather(2, place), 1.0)
-        reach = accepted
+        reach = accepted  # of a path of 1, 2, 4, ... nodes
         for ancestor in self.ancestors:
-            reach = reach * accepted.gather(2, ancestor[lines])
+            reach = reach * reach.gather(2, ancestor[lines])
         promise = (reach * self.weight[lines]).sum(dim=-1)
         return lines.gather(1, promise.argmax(dim=1, keepdim=True))[:, 0]

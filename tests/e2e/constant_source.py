@@ -22,7 +22,7 @@ def constant_candidates(
 
 
 class ConstantOnCPU:
-    def __init__(self, compute_logits: Any) -> None:
+    def __init__(self, vllm_config: Any, compute_logits: Any) -> None:
         """Nothing to compute."""
 
     def __call__(self, step: Any, hidden_states: Any, templates: Any) -> Candidates:

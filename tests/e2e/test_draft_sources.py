@@ -36,7 +36,7 @@ def case(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     adapter = make_adapter(model, folder / "adapter")
     Ladder.fixed(TEMPLATES).save(folder / "ladder.json")
-    return model, {"model": str(adapter), "ladder": str(folder / "ladder.json")}
+    return model, {"model": str(adapter), "ladder": str(folder / "ladder.json"), "copies": False}
 
 
 def test_a_registered_source_fills_the_blocks_and_changes_no_token(case, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_registered_source_fills_the_blocks_and_changes_no_token(case, monkeyp
         for _ in range(NUM_PROMPTS)
     ]
     plain = run(model, asked)
-    monkeypatch.setattr(sources, "SOURCE", CONSTANT)
+    monkeypatch.setitem(sources.SOURCES, "masks", CONSTANT)
     with recorded_steps() as steps, engine(model, bita) as llm:
         before = metric(llm, "spec_decode_num_accepted_tokens")
         outputs = generate(llm, asked)
