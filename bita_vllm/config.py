@@ -117,7 +117,7 @@ def build_speculative_config(
 def _wants_copies(options: Mapping[str, Any], tree: str) -> bool:
     """Whether blocks may copy text already seen: unless the user says no, or gave a tree of their own."""
     asked = options.get("copies")
-    if asked not in (None, True, False):
+    if asked is not None and not isinstance(asked, bool):
         raise ConfigError(
             f"Speculative option 'copies' is {asked!r}; expected true or false: whether blocks may copy text that a "
             "request has already seen."

@@ -133,13 +133,16 @@ def test_next_block_holds_candidates_by_rank_then_mask_ids(name):
     masks = blocks.chosen_masks(walk, int(table.mask_depths[template]))
     lines = table.first_line[template] + masks.depths
     used = masks.rows[masks.rows >= 0]
-    top_tokens = used[:, None] * 10 + np.arange(table.rank.max() + 1)
-    drafts = fill_blocks(table, lines, masks.by_depth(top_tokens), FIRST_MASK_ID)
+    candidates = masks.by_depth(used[:, None] * 10 + np.arange(table.max_rank + 1))
+    candidates[..., table.max_rank] = 7000 + np.arange(table.max_depth)  # copies
+    drafts = fill_blocks(table, lines, candidates, FIRST_MASK_ID)
     for request, draft in enumerate(drafts):
         line = lines[request]
         assert len(draft) == table.num_rows[line] - 1
         for row, token in enumerate(draft, start=1):
-            if row < table.num_nodes[line]:
+            if table.rank[line, row] == table.max_rank:
+                assert token == 7000 + table.depth[line, row] - 1
+            elif row < table.num_nodes[line]:
                 source = masks.rows[request, table.depth[line, row] - 1]
                 assert token == source * 10 + table.rank[line, row]
             else:

@@ -166,9 +166,9 @@ def ladder(tmp_path):
 def test_ladder_file_sets_the_templates(make, ladder):
     settings = get_settings(make({"ladder": str(ladder)}))
     assert settings.ladder.lookup(4).tolist() == [0, 15, 3, 0, 0]
-    assert [template.num_rows for template in settings.templates] == [4, 16]
+    assert [one.first.num_rows for one in settings.ladder.template_sets] == [4, 16]
     assert settings.num_speculative_tokens == 15
-    assert (settings.template.num_rows, settings.max_depth) == (16, 2)
+    assert (settings.template.num_rows, settings.template.max_depth) == (16, 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_speculative_tokens": "auto"}, {"tree": "auto"}])
@@ -179,9 +179,35 @@ def test_ladder_beside_the_adapter_is_the_default(make, adapter, ladder, tmp_pat
     settings = get_settings(make({"model": str(copied), **options}))
     assert settings.ladder.widths == [3, 15]
     fixed = get_settings(make({"model": str(copied), "num_speculative_tokens": 9}))
-    assert len(fixed.templates) == 1
+    assert len(fixed.ladder.template_sets) == 1
     assert fixed.num_speculative_tokens <= 9
     assert len(get_settings(make({"model": str(copied), "tree": "2,1"})).templates) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({}, True),
+        ({"num_speculative_tokens": 7}, True),
+        ({"copies": False}, False),
+        ({"tree": "2,1"}, False),
+        ({"tree": "2,1", "copies": True}, True),
+    ],
+)
+def test_blocks_copy_unless_the_user_has_other_wishes(make, options, copies):
+    settings = get_settings(make(options))
+    assert settings.source == ("masks and copies" if copies else "masks")
+    for one in settings.ladder.template_sets:
+        assert one.first.num_copies == 0
+        assert any(template.num_copies for template in one.templates) == copies
+
+
+def test_copies_are_a_yes_or_a_no(make, monkeypatch):
+    message = refused(lambda: make({"copies": 7}))
+    assert message.startswith("Speculative option 'copies' is 7; expected true or false")
+    monkeypatch.setattr(platform, "on_gpu", lambda: True)
+    assert get_settings(make()).source == "masks"
+    assert "on the CPU platform only" in refused(lambda: make({"copies": True}))
 
 
 @pytest.mark.parametrize(

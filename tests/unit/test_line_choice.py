@@ -32,8 +32,8 @@ WIDE = Template.build([(0, 0), (0, 1), (1, 0)], {0: 3, 1: 3, 2: 2})
 BESIDE = Template.build([(0, 0)], {0: 2, 3: 2}, copies=3)
 SETS = [
     TemplateSet((BROAD, DEEP, LEAN, FORK)),
-    TemplateSet((Template.from_widths([5, 4, 3], K), DEEP)),
     TemplateSet((WIDE, COPIES, BESIDE)),
+    TemplateSet((Template.from_widths([5, 4, 3], K), DEEP)),
 ]
 LADDER = ladder_of(SETS)
 TABLE = LADDER.table
