@@ -4,9 +4,10 @@ A candidate's probability in its mask row is taken for its acceptance, corrected
 candidate (`promise_weight`). Each template of the set then promises a number of tokens. The block takes the template
 that promises most:
 
-    promise = sum over nodes of P(node is reached) * worth(node)
+    promise = sum over nodes of P(node is reached) * worth(node) * news(node)
     worth(node) = 1 token + value(predictions left after a walk that stops at the node)
                           - value(predictions left after a walk that stops at its parent)
+    news(node)  = 1, but for a copied token P(the masks' nodes at its depth are not reached), taken as independent
 
 It is torch code with fixed shapes and no host sync, as the logits are on the device.
 """
@@ -45,6 +46,9 @@ class LineChoice:
             for column in (table.parent, table.depth, table.rank)
         )
         weight = np.zeros((num_lines, num_nodes), dtype=np.float32)
+        is_copy = rank == table.max_rank
+        # [lines, nodes, mask depths] correction of a mask's node at that depth, 0 elsewhere
+        at_depth = np.zeros((num_lines, num_nodes, int(table.mask_depths.max()) + 1), np.float32)
         most = max(len(one.templates) for one in sets)
         deepest = int(table.mask_depths.max())
         lines = np.zeros((len(sets), deepest + 1, most), dtype=np.int64)
@@ -57,10 +61,15 @@ class LineChoice:
             lines[index] = table.first_line[own] + depths_of_line
             value = state_values(TreeBatch.of([one.first.shape]), acceptance)
             for start, template in zip(table.first_line[own].tolist(), one.templates, strict=False):
-                whole = promise_weight(TreeBatch.of([template.shape]), value, acceptance)
+                shape = TreeBatch.of([template.shape])
+                whole = promise_weight(shape, value, acceptance)[0]
+                often = promise_weight(shape, np.zeros_like(value), acceptance)[0]
                 for depths in range(template.mask_depth + 1):
                     kept = template.kept_nodes(depths)
-                    weight[start + depths, : len(kept)] = whole[0, kept]
+                    line = start + depths
+                    weight[line, : len(kept)] = whole[kept]
+                    by_masks = np.flatnonzero((rank[line] < table.max_rank) & is_draft[line])
+                    at_depth[line, by_masks, depth[line, by_masks] - 1] = often[kept[by_masks]]
             first += len(one.templates)
         # 1, 2, 4, ... nodes up; the root is its own parent
         ancestors = np.zeros((table.max_depth.bit_length(), num_lines, num_nodes), dtype=np.int64)
@@ -71,6 +80,9 @@ class LineChoice:
         self.num_templates = tuple(len(one.templates) for one in sets)
         self.mask_depths = tuple(one.mask_depth for one in sets)
         self.max_depth = table.max_depth
+        self.has_copies = bool(is_copy.any())
+        # the last depth, where no mask's node is: nothing is taken from what is reached
+        beside = np.where(is_copy & (depth < at_depth.shape[2]), depth, at_depth.shape[2]) - 1
         (
             self.lines,
             self.is_draft,
@@ -78,16 +90,20 @@ class LineChoice:
             self.place,
             self.rank,
             self.parent,
+            self.beside,
+            self.at_depth,
             self.ancestors,
         ) = (
             torch.from_numpy(column).to(device)
             for column in (
                 lines,  # [sets, mask depths + 1, templates]
-                is_draft,  # [lines, nodes], and the next four
+                is_draft,  # [lines, nodes], and the next five
                 weight,
                 np.maximum(depth - 1, 0),
                 rank,
                 parent,
+                beside,
+                at_depth,
                 ancestors,  # [log2 of max_depth, lines, nodes]
             )
         )
@@ -113,5 +129,9 @@ class LineChoice:
         reach = accepted  # of a path of 1, 2, 4, ... nodes
         for ancestor in self.ancestors:
             reach = reach * reach.gather(2, ancestor[lines])
-        promise = (reach * self.weight[lines]).sum(dim=-1)
+        brings = reach * self.weight[lines]
+        if self.has_copies:
+            by_masks = (reach[:, :, None] @ self.at_depth[lines])[:, :, 0]  # [B, templates, depths]
+            brings = brings * (1 - by_masks.clamp(max=1.0).gather(2, self.beside[lines]))
+        promise = brings.sum(dim=-1)
         return lines.gather(1, promise.argmax(dim=1, keepdim=True))[:, 0]

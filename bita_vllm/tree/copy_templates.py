@@ -11,17 +11,18 @@ from collections.abc import Iterable
 import numpy as np
 
 from bita_vllm.tree.search import MIN_ROWS, best_templates
-from bita_vllm.tree.template import Template
+from bita_vllm.tree.template import MAX_ROWS, Template
 from bita_vllm.tree.template_set import TemplateSet
 
-CHAINS = (3, 7, 15)
-MAX_COPIES = CHAINS[-1]
+MAX_COPIES = 15
+# Lengths of chains, by row budgets up to that many rows: few rows want the right length, many bear a longer one.
+CHAINS = {8: (2, 3, 4, 5, 6, 7), 16: (3, 5, 7, 9, 11, 15), MAX_ROWS: (3, 7, 11, 15)}
 
 
 def chains_within(num_rows: int) -> list[int]:
-    """Lengths of the chains that a row budget has templates for, the last with as few other rows as can be."""
-    longest = min(num_rows - 1, MAX_COPIES)
-    return [*(length for length in CHAINS if length < longest), longest]
+    """Lengths of the chains that a row budget has templates for."""
+    lengths = next(CHAINS[rows] for rows in CHAINS if num_rows <= rows)
+    return [length for length in lengths if length < num_rows] or [1]
 
 
 def with_copies(

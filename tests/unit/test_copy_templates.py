@@ -13,7 +13,14 @@ ACCEPTANCE = acceptance_table(None, 3)
 
 @pytest.mark.parametrize(
     ("num_rows", "lengths"),
-    [(2, [1]), (4, [3]), (6, [3, 5]), (8, [3, 7]), (16, [3, 7, 15]), (64, [3, 7, 15])],
+    [
+        (2, [1]),
+        (3, [2]),
+        (5, [2, 3, 4]),
+        (8, [2, 3, 4, 5, 6, 7]),
+        (12, [3, 5, 7, 9, 11]),
+        (52, [3, 7, 11, 15]),
+    ],
 )
 def test_chains_fit_beside_the_root(num_rows, lengths):
     assert chains_within(num_rows) == lengths
@@ -44,5 +51,5 @@ def test_templates_of_a_set_stay():
 def test_copies_alone_have_no_masks():
     two, many = copies_alone([2, 64])
     assert [t.to_dict() for t in two.templates] == [{"nodes": [], "groups": {}, "copies": 1}]
-    assert [t.num_copies for t in many.templates] == [MAX_COPIES, 7, 3]
+    assert [t.num_copies for t in many.templates] == [MAX_COPIES, 11, 7, 3]
     assert many.first.num_masks == 0 and many.mask_depth == 0

@@ -56,7 +56,19 @@ def promise(template, first, depths, probabilities):
     stop = reach.copy()
     for node in range(1, cut.num_nodes):
         stop[cut.parent[node]] -= reach[node]
-    return sum(reach) + sum(s * value[x] for s, x in zip(stop, state, strict=True))
+    is_copy = cut.rank[: cut.num_nodes] == COPY_RANK
+    if not is_copy.any():
+        return sum(reach) + sum(s * value[x] for s, x in zip(stop, state, strict=True))
+    total = reach[0] + value[state[0]]
+    for node in range(1, cut.num_nodes):
+        brings = 1 + value[state[node]] - value[state[cut.parent[node]]]
+        by_masks = sum(
+            r
+            for r, d, copied in zip(reach, cut.depth, is_copy, strict=False)
+            if d == cut.depth[node] and not copied
+        )
+        total += reach[node] * brings * (1 - min(by_masks, 1) if is_copy[node] else 1)
+    return total
 
 
 @pytest.mark.parametrize("seed", range(20))
