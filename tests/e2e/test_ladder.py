@@ -94,7 +94,7 @@ def test_a_ramp_through_all_widths_returns_plain_vllms_tokens(tiny_model, tmp_pa
     with (
         oracle(known(plain)),
         recorded_steps() as steps,
-        engine(model, {"model": str(adapter)}, **OPTIONS) as llm,
+        engine(model, {"model": str(adapter), "copies": False}, **OPTIONS) as llm,
     ):
         assert llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens == WIDTHS[2]
         outputs = ramp(llm, requests, steps_between=3)
@@ -162,7 +162,11 @@ def test_widths_follow_what_is_accepted(
     ]
     plain = run(model, requests)
     source = oracle(known(plain)) if drafts == "oracle" else nullcontext()
-    with recorded_steps() as steps, source, engine(model, {"model": str(adapter)}) as llm:
+    with (
+        recorded_steps() as steps,
+        source,
+        engine(model, {"model": str(adapter), "copies": False}) as llm,
+    ):
         outputs = [o.outputs[0].token_ids for o in generate(llm, requests)]
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         assert scheduler.dynamic_sd_lookup[4] == (0 if last == -1 else WIDTHS[last])
@@ -196,7 +200,7 @@ def test_requests_whose_drafts_are_wrong_go_without(tiny_model, tmp_path, monkey
     with (
         oracle(known(plain[::2])),
         recorded_steps() as steps,
-        engine(model, {"model": str(adapter)}) as llm,
+        engine(model, {"model": str(adapter), "copies": False}) as llm,
     ):
         before = metric(llm, "spec_decode_num_draft_tokens")
         outputs = generate(llm, requests)

@@ -43,7 +43,7 @@ def case(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     adapter = make_adapter(model, folder / "adapter")
     Ladder.fixed(TEMPLATES).save(folder / "ladder.json")
-    return model, {"model": str(adapter), "ladder": str(folder / "ladder.json")}
+    return model, {"model": str(adapter), "ladder": str(folder / "ladder.json"), "copies": False}
 
 
 def requests(**sampling):
