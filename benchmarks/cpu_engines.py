@@ -28,7 +28,10 @@ class Arm:
 
     @classmethod
     def bita(cls, spec: str, adapter: str, named: bool) -> "Arm":
-        """'auto', 'auto:16' (at most 16 rows), '5,4,3' or a template file; the adapter in the name or not."""
+        """'auto', 'auto:16' (at most 16 rows), 'masks:16' (no copies), '5,4,3' or a template file.
+
+        The adapter is in the name or not.
+        """
         tree, _, rows = spec.partition(":")
         path = str(Path(adapter).resolve()) if Path(adapter).exists() else adapter
         name = f"bita {spec} {Path(path).name}" if named else f"bita {spec}"
@@ -40,13 +43,16 @@ class Arm:
         config: dict[str, Any] = {"method": "bita", "model": self.adapter}
         if self.tree == "none":
             return {**config, "ladder": str(NO_DRAFTS)}
-        config["tree"] = self.tree
+        config["tree"] = "auto" if self.tree == MASKS_ALONE else self.tree
+        if self.tree == MASKS_ALONE:
+            config["copies"] = False
         if self.row_budget is not None:
             config["num_speculative_tokens"] = self.row_budget - 1
         return config
 
 
 PLAIN = Arm("plain")
+MASKS_ALONE = "masks"
 NO_DRAFTS = Path(__file__).parent / "data" / "no_drafts_ladder.json"  # width 0 at every batch size
 
 

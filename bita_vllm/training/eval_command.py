@@ -259,6 +259,7 @@ def _engine_row(
                 "method": "bita",
                 "model": str(adapter_dir),
                 "ladder": str(ladder),
+                "copies": False,  # it measures masks
             },
             **engine_args,
         }

@@ -234,6 +234,7 @@ def _measure(
                 "method": "bita",
                 "model": str(adapter.path),
                 "ladder": str(file),
+                "copies": False,  # what they bring depends on the texts, and is learnt while serving
             },
             **engine_args,
         }

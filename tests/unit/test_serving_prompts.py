@@ -5,7 +5,14 @@ from argparse import Namespace
 
 import pytest
 from serving import schedule
-from serving_prompts import DatasetError, as_chat, long_context, mt_bench, requests_for
+from serving_prompts import (
+    DatasetError,
+    as_chat,
+    long_context,
+    mt_bench,
+    requests_for,
+    spec_bench,
+)
 from testbed.tiny_models import make_tokenizer
 
 TOKENIZER = make_tokenizer(935)
@@ -83,3 +90,20 @@ def test_arms_alternate_within_a_repeat(one_at_a_time):
     assert sorted(order) == [(r, c, a) for r in (0, 1) for c in (1, 2) for a in "ab"]
     arms = "".join(arm for *_, arm in order)
     assert arms == ("aabbbbaa" if one_at_a_time else "ababbaba")
+
+
+def test_spec_bench_has_its_tasks(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"question_id": 1, "category": "rag", "turns": ["Who?", "Why?"]},
+        {"question_id": 2, "category": "qa", "turns": ["When?"]},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert spec_bench("rag", path) == ["Who?"]
+    with pytest.raises(DatasetError, match="needs --spec-bench-path"):
+        spec_bench("rag", None)
+    with pytest.raises(DatasetError, match="has no question of category translation"):
+        spec_bench("translation", path)
+    path.write_text('{"category": "poems", "turns": ["Ode"]}')
+    with pytest.raises(DatasetError, match="cannot be read as Spec-Bench's questions"):
+        spec_bench("rag", path)
