@@ -80,7 +80,7 @@ def offenders(rows, is_bad):
 def test_every_kernel_is_compiled_for_every_target(compiled):
     seen = {(row["kernel"], int(row["sm"])) for row in compiled}
     kernels = {"tree_attention", "begin_step", "accept_tree", "extend_paths", "rank_tokens"}
-    kernels |= {"build_block", "move_kv", "add_mask_lora"}
+    kernels |= {"build_block", "find_copies", "move_kv", "add_mask_lora"}
     assert seen == {(kernel, sm) for kernel in kernels for sm in COMPILED}
 
 
