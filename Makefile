@@ -38,7 +38,7 @@ $(LADDER): $(ADAPTER)/config.json .venv/cpu.stamp | model
 		--requests 1 4 16 --rows 4 8 16 --out $@
 
 GPU_TESTS := $(addprefix tests/e2e/test_,vllm_0_33.py gpu_runner.py mixed_steps.py launches.py gpu_faults.py gpu_suite.py \
-	request_features.py ladder.py token_budget.py template_sets.py shipped_sets.py weight_reload.py tune.py structured_output.py \
+	request_features.py ladder.py token_budget.py template_sets.py gpu_copies.py shipped_sets.py weight_reload.py tune.py structured_output.py \
 	tensor_parallel.py lossless_architectures.py thinking_budget.py logits_processors.py async_budget.py matrix.py)
 # A file goes to one worker, the longest first (tests/conftest.py). One thread each: two would wait for the other worker's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

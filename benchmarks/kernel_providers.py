@@ -87,6 +87,7 @@ def with_our_arguments(
         candidate_rows=none[None, None].int(),
         ancestor_bits=packed_bits(case.ancestors.cpu())[None].to(device),
         max_rank=1,
+        num_ranks=1,
     )
     generator = torch.Generator(device).manual_seed(1)
     prompt_keys, prompt_values = torch.randn(

@@ -232,10 +232,10 @@ def blocks(device: torch.device) -> Iterator[Check]:
     for widths in TREES:
         ladder = Ladder.fixed(Template.from_widths(widths, 3))
         table = TreeTable.of(ladder.table, device)
-        choice = ChoiceTable.of(LineChoice(ladder, acceptance, device), table.max_rank, device)
+        choice = ChoiceTable.of(LineChoice(ladder, acceptance, device), table.num_ranks, device)
 
         def arguments(table: TreeTable = table, choice: ChoiceTable = choice) -> dict[str, Any]:
-            candidates = empty_candidates(table.max_depth, table.max_rank, device)
+            candidates = empty_candidates(table.max_depth, table.num_ranks, device)
             candidates.tokens.copy_(
                 torch.arange(candidates.tokens.numel()).view_as(candidates.tokens)
             )

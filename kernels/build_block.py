@@ -24,7 +24,7 @@ _checked: set[object] = set()
 
 
 def build_block(
-    # of B requests, as many ranks as the table; `Candidates.none` where no request has any
+    # of B requests, as many ranks as the table, as many depths or more; `Candidates.none` where no request has any
     candidates: Candidates,
     # [B] int64, place of each request between steps
     slots: torch.Tensor,
@@ -47,7 +47,7 @@ def build_block(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     inputs = (*vars(candidates).values(), slots, draft_tokens, line_of_slot)
-    kind = (table.max_rank, *kind_of(inputs))
+    kind = (table.num_ranks, *kind_of(inputs))
     if kind not in _checked:
         _check(candidates, slots, table, choice, draft_tokens, line_of_slot)
         remember(kind, _checked)
@@ -64,6 +64,7 @@ def build_block(
         choice.lines,
         choice.places,
         choice.weight,
+        choice.correction,
         table.rank,
         table.depth,
         table.mask_index,
@@ -80,7 +81,9 @@ def build_block(
         choice.lines.shape[2],
         PADDING_TOKEN=PADDING_TOKEN,
         MAX_DEPTH=table.max_depth,
-        NUM_RANKS=table.max_rank,
+        MASK_DEPTH=choice.mask_depth,
+        NUM_RANKS=table.num_ranks,
+        HAS_COPIES=table.has_copies,
         CHOOSES=num_depths > 0 and num_templates > 1,
         **block_sizes(table.num_rows, choice.num_nodes, choice.lines.shape[2]),
     )
@@ -92,12 +95,19 @@ def _most_promising(
     chance_ptr,
     places_ptr,
     weight_ptr,
+    correction_ptr,
+    rank_ptr,
+    depth_ptr,
     # [BLOCK_TEMPLATES] int32
     lines,
     num_templates,
+    num_rows,
     num_lines,
     num_nodes,
     MAX_DEPTH: tl.constexpr,
+    MASK_DEPTH: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
     BLOCK_TEMPLATES: tl.constexpr,
     BLOCK_NODES: tl.constexpr,
 ):
@@ -109,8 +119,18 @@ def _most_promising(
         at = (level * num_lines + lines[:, None]) * num_nodes + node
         place = tl.load(places_ptr + at, mask=inside, other=-1)
         reach *= tl.load(chance_ptr + place, mask=place >= 0, other=1.0)
-    weight = tl.load(weight_ptr + lines[:, None] * num_nodes + node, mask=inside, other=0.0)
-    promise = tl.sum(reach * weight, axis=1)
+    at = lines[:, None] * num_nodes + node
+    brings = reach * tl.load(weight_ptr + at, mask=inside, other=0.0)
+    if HAS_COPIES:
+        reached = reach * tl.load(correction_ptr + at, mask=inside, other=0.0)
+        at = lines[:, None] * num_rows + node
+        is_copy = tl.load(rank_ptr + at, mask=inside, other=-1) == NUM_RANKS - 1
+        depth = tl.load(depth_ptr + at, mask=inside, other=0)
+        for level in tl.static_range(1, MASK_DEPTH + 1):
+            by_masks = tl.sum(tl.where(depth == level, reached, 0.0), axis=1)[:, None]
+            news = 1 - tl.minimum(by_masks, 1.0)
+            brings *= tl.where(is_copy & (depth == level), news, 1.0)
+    promise = tl.sum(brings, axis=1)
     promise = tl.where(promise == promise, promise, float("inf"))
     template = tl.arange(0, BLOCK_TEMPLATES)
     known = template < num_templates
@@ -128,6 +148,7 @@ def _build_block_kernel(
     lines_ptr,
     places_ptr,
     weight_ptr,
+    correction_ptr,
     rank_ptr,
     depth_ptr,
     mask_index_ptr,
@@ -144,7 +165,9 @@ def _build_block_kernel(
     most_templates,
     PADDING_TOKEN: tl.constexpr,
     MAX_DEPTH: tl.constexpr,
+    MASK_DEPTH: tl.constexpr,
     NUM_RANKS: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
     CHOOSES: tl.constexpr,
     BLOCK_TEMPLATES: tl.constexpr,
     BLOCK_NODES: tl.constexpr,
@@ -154,18 +177,25 @@ def _build_block_kernel(
     request = tl.program_id(0)
     depths = tl.minimum(tl.load(depths_ptr + request), most_depths)
     first = request.to(tl.int64) * num_depths * NUM_RANKS
-    lines_ptr += (set_index * (MAX_DEPTH + 1) + depths) * most_templates
+    lines_ptr += (set_index * (MASK_DEPTH + 1) + depths) * most_templates
     if CHOOSES:
         template = tl.arange(0, BLOCK_TEMPLATES)
         line = _most_promising(
             chance_ptr + first,
             places_ptr,
             weight_ptr,
+            correction_ptr,
+            rank_ptr,
+            depth_ptr,
             tl.load(lines_ptr + template, mask=template < num_templates, other=0),
             num_templates,
+            num_rows,
             num_lines,
             num_nodes,
             MAX_DEPTH,
+            MASK_DEPTH,
+            NUM_RANKS,
+            HAS_COPIES,
             BLOCK_TEMPLATES,
             BLOCK_NODES,
         )
@@ -196,33 +226,36 @@ def block_sizes(num_rows: int, num_nodes: int, num_templates: int) -> dict[str, 
 
 
 def shipped() -> list[Shipped]:
-    """The paper's tree (5 ranks, 52 rows), a default set (4 deep, 16 rows) and the largest."""
+    """The paper's tree (5 ranks, 52 rows), default sets (4 deep, 16 rows), one with copies, and the largest."""
     pointers = {name: "*i32" for name in _build_block_kernel.arg_names if name.endswith("_ptr")}
     pointers |= dict.fromkeys(("tokens_ptr", "slots_ptr", "draft_tokens_ptr"), "*i64")
-    pointers |= dict.fromkeys(("chance_ptr", "weight_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("chance_ptr", "weight_ptr", "correction_ptr"), "*fp32")
     integers = (
         "set_index", "num_depths", "most_depths", "num_templates", "first_mask_id", "num_rows",
         "num_lines", "num_nodes", "most_templates",
     )  # fmt: skip
     return [
         Shipped(
-            name=f"{num_rows} rows {num_ranks} ranks{' choice' if chooses else ''}",
+            name=f"{num_rows} rows {num_ranks} ranks{kind}",
             kernel=_build_block_kernel,
             signature=pointers | dict.fromkeys(integers, "i32"),
             constexprs={
                 "PADDING_TOKEN": PADDING_TOKEN,
                 "MAX_DEPTH": max_depth,
+                "MASK_DEPTH": mask_depth,
                 "NUM_RANKS": num_ranks,
-                "CHOOSES": chooses,
+                "HAS_COPIES": max_depth > mask_depth,
+                "CHOOSES": bool(kind),
                 **block_sizes(num_rows, num_nodes, num_templates),
             },
         )
-        for max_depth, num_ranks, num_nodes, num_rows, num_templates in (
-            (3, 5, 13, 52, 1),
-            (4, 8, 10, 16, 8),
-            (8, 16, 128, 256, 16),
+        for max_depth, mask_depth, num_ranks, num_nodes, num_rows, num_templates, kinds in (
+            (3, 3, 5, 13, 52, 1, ("", " choice")),
+            (4, 4, 8, 10, 16, 8, ("", " choice")),
+            (15, 4, 9, 16, 16, 14, (" choice, copies",)),
+            (8, 8, 16, 128, 256, 16, ("", " choice")),
         )
-        for chooses in (False, True)
+        for kind in kinds
     ]
 
 
@@ -238,7 +271,7 @@ def _check(
     check_device(_build_block_kernel, device)
     check_tensor("slots", slots, [None], INT64, device)
     num_requests = len(slots)
-    shape = [num_requests, None, table.max_rank]
+    shape = [num_requests, None, table.num_ranks]
     check_tensor("candidates.tokens", candidates.tokens, shape, INT64, device)
     check_tensor(
         "candidates.chance", candidates.chance, candidates.tokens.shape, [torch.float32], device
@@ -246,8 +279,9 @@ def _check(
     check_tensor("candidates.depths", candidates.depths, [num_requests], INT32, device)
     check_tensor("draft_tokens", draft_tokens, [num_requests, table.num_rows - 1], INTEGERS, device)
     check_tensor("line_of_slot", line_of_slot, [None], INT32, device)
-    check_tensor("choice.lines", choice.lines, [None, table.max_depth + 1, None], INT32, device)
+    check_tensor("choice.lines", choice.lines, [None, None, None], INT32, device)
     lines = len(table.num_nodes)
     shape = [table.max_depth, lines, choice.num_nodes]
     check_tensor("choice.places", choice.places, shape, INT32, device)
-    check_tensor("choice.weight", choice.weight, shape[1:], [torch.float32], device)
+    for name in ("weight", "correction"):
+        check_tensor(f"choice.{name}", getattr(choice, name), shape[1:], [torch.float32], device)

@@ -27,8 +27,9 @@ def build_block_naive(
         available = min(int(candidates.depths[request]), most)
         lines = choice.lines[set_index, available].tolist()[: choice.num_templates[set_index]]
         line = lines[0]
-        if available:
-            line = lines[int(promises_of(lines, candidates.chance[request], choice).argmax())]
+        if candidates.tokens.shape[1]:
+            chance = candidates.chance[request]
+            line = lines[int(promises_of(lines, chance, table, choice).argmax())]
         line_of_slot[slot] = line
         for row in range(1, table.num_rows):
             rank, mask_index = int(table.rank[line, row]), int(table.mask_index[line, row])
@@ -43,9 +44,15 @@ def promises_of(
     lines: list[int],
     # [depths, ranks]
     chance: torch.Tensor,
+    table: TreeTable,
     choice: ChoiceTable,
 ) -> torch.Tensor:
     """`[len(lines)]` what each line promises (`ChoiceTable`)."""
     one = chance.new_ones(1)  # place -1: the root's factor
     factors = torch.cat([chance.flatten(), one])[choice.places[:, lines].long()]
-    return (factors.prod(dim=0) * choice.weight[lines]).sum(dim=-1)
+    reach = factors.prod(dim=0)
+    rank, depth = (column[lines, : choice.num_nodes] for column in (table.rank, table.depth))
+    beside = depth[:, :, None] == depth[:, None]  # [lines, nodes, nodes]
+    by_masks = (beside * (reach * choice.correction[lines])[:, None]).sum(dim=-1)
+    news = torch.where(rank == table.max_rank, 1 - by_masks.clamp(max=1), 1.0)
+    return (reach * choice.weight[lines] * news).sum(dim=-1)

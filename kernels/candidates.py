@@ -41,6 +41,11 @@ class Candidates:
         """Those of some requests, as views."""
         return Candidates(self.tokens[requests], self.chance[requests], self.depths[requests])
 
+    def within(self, num_depths: int, ranks: slice) -> Candidates:
+        """Those of the first depths and of some ranks, as views."""
+        tokens, chance = (each[:, :num_depths, ranks] for each in (self.tokens, self.chance))
+        return Candidates(tokens, chance, self.depths)
+
     def none(self) -> Candidates:
         """No candidates, of no depth, for the same requests: the host knows that none has any."""
         return Candidates(self.tokens[:, :0], self.chance[:, :0], self.depths)

@@ -40,10 +40,11 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
     contiguous: bool = True,
+    packed: bool = True,
 ) -> None:
     """Raise ValueError with argument, what was given and what was expected.
 
-    `contiguous=False` still wants the last dimension packed.
+    `contiguous=False` still wants the last dimension packed, `packed=False` takes any strides.
     """
     fits = tensor.dim() == len(shape) and all(
         want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
@@ -56,11 +57,11 @@ def check_tensor(
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {wanted}.")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device} as for the others.")
-    if contiguous and not tensor.is_contiguous():
+    if contiguous and packed and not tensor.is_contiguous():
         raise ValueError(
             f"{name} has strides {list(tensor.stride())}, expected a contiguous tensor."
         )
-    if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if packed and tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{name} has strides {list(tensor.stride())}, expected 1 in the last dimension."
         )

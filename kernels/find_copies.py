@@ -62,7 +62,7 @@ def find_copies(
     slots: torch.Tensor,
     # In and out
     state: CopyState,
-    # Outputs. [B, MAX_COPIES] int64, copied tokens; zeros without a match
+    # Outputs, which may be strided alike. [B, MAX_COPIES] int64, copied tokens; zeros without a match
     copies: torch.Tensor,
     # [B, MAX_COPIES] fp32, P(copied token i is right | those before it are); zeros without a match
     chances: torch.Tensor,
@@ -102,6 +102,7 @@ def find_copies(
         copies,
         chances,
         token_ids.stride(0),
+        *copies.stride(),
         splits,
         COPIES=MAX_COPIES,
         BLOCK_COPIES=triton.next_power_of_2(MAX_COPIES),
@@ -159,6 +160,8 @@ def _copy(
     copies_ptr,
     chances_ptr,
     row_stride,
+    request_stride,
+    depth_stride,
     num_splits,
     COPIES: tl.constexpr,
     BLOCK_COPIES: tl.constexpr,
@@ -211,7 +214,7 @@ def _copy(
     correction = (hits + STRENGTH) * (expected_misses + STRENGTH)
     correction /= (expected_hits + STRENGTH) * (misses + STRENGTH)
     odds = (length + place).to(tl.float32) / PRIOR * correction
-    out = request * COPIES + place
+    out = request * request_stride + place * depth_stride
     tl.store(copies_ptr + out, copied.to(tl.int64), mask=place < COPIES)
     tl.store(chances_ptr + out, tl.where(inside, odds / (1 + odds), 0.0), mask=place < COPIES)
     tl.store(last_ptr, size)
@@ -226,7 +229,8 @@ def shipped() -> list[Shipped]:
     signature = {"token_ids_ptr": "*i32", "num_tokens_ptr": "*i32", "slots_ptr": "*i32"}
     signature |= {"keys_ptr": "*i64", "row_stride": "i32"}
     outputs = {"last_ptr": "*i32", "evidence_ptr": "*fp32", "copies_ptr": "*i64"}
-    outputs |= {"chances_ptr": "*fp32", "num_splits": "i32"}
+    outputs |= {"chances_ptr": "*fp32"}
+    outputs |= dict.fromkeys(("request_stride", "depth_stride", "num_splits"), "i32")
     return [
         Shipped(
             name="scan",
@@ -275,9 +279,13 @@ def _check(
         ("state.last", last, [num_slots, 5], INT32),
         ("state.evidence", evidence, [num_slots, 4], FP32),
         ("state.keys", keys, [num_slots, None], INT64),
-        ("copies", copies, [requests, MAX_COPIES], INT64),
-        ("chances", chances, [requests, MAX_COPIES], FP32),
     ):
         check_tensor(name, tensor, shape, dtypes, device)
+    for name, tensor, dtypes in (("copies", copies, INT64), ("chances", chances, FP32)):
+        check_tensor(name, tensor, [requests, MAX_COPIES], dtypes, device, packed=False)
+    if chances.stride() != copies.stride():
+        raise ValueError(
+            f"chances has strides {list(chances.stride())}, expected those of copies, {list(copies.stride())}."
+        )
     if requests > num_slots:
         raise ValueError(f"slots has {requests} requests, but there are {num_slots} slots.")

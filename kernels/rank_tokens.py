@@ -69,7 +69,7 @@ class Ranking:
 def rank_tokens(
     # [number of logits rows, V] fp32, fp16 or bf16; rows may be strided
     logits: torch.Tensor,
-    # [B, D] int64, row of `logits` that predicts depth d+1; read for the depths that are wanted only
+    # [B, D] int64, row of `logits` that predicts depth d+1; read for the depths that are wanted only; may be strided
     logits_rows: torch.Tensor,
     # depths that are wanted at most
     most_depths: int,
@@ -77,7 +77,7 @@ def rank_tokens(
     chances: bool,
     # scratch for B requests or more
     ranking: Ranking,
-    # Its tokens and chances are outputs, of D depths; its depths say which rows there are
+    # Its tokens and chances are outputs, of D depths, and may be strided alike; its depths say which rows there are
     candidates: Candidates,
 ) -> None:
     """Write the best tokens of each depth's row, best first, and their probabilities.
@@ -107,6 +107,8 @@ def rank_tokens(
         candidates.tokens,
         candidates.chance,
         logits.stride(0),
+        logits_rows.stride(0),
+        *candidates.tokens.stride()[:2],
         logits.shape[1],
         most_depths,
         num_depths,
@@ -126,20 +128,35 @@ def _check(
 ) -> None:
     device = candidates.tokens.device
     check_device(_rank_tokens_kernel, device)
-    check_tensor("candidates.tokens", candidates.tokens, [None] * 3, [torch.int64], device)
-    num_requests, num_depths, num_ranks = shape = candidates.tokens.shape
+    tokens, chance = candidates.tokens, candidates.chance
+    check_tensor("candidates.tokens", tokens, [None] * 3, [torch.int64], device, contiguous=False)
+    num_requests, num_depths, num_ranks = tokens.shape
     if num_ranks > MAX_RANK:
         raise ValueError(
             f"candidates have {num_ranks} ranks, expected at most {MAX_RANK} for each depth."
         )
-    check_tensor("candidates.chance", candidates.chance, shape, [torch.float32], device)
+    check_tensor(
+        "candidates.chance", chance, tokens.shape, [torch.float32], device, contiguous=False
+    )
+    if chance.stride() != tokens.stride():
+        raise ValueError(
+            f"candidates.chance has strides {list(chance.stride())}, expected those of "
+            f"candidates.tokens, {list(tokens.stride())}."
+        )
     check_tensor("candidates.depths", candidates.depths, [num_requests], INT32, device)
     check_tensor("logits", logits, [None, None], list(TRITON_TYPES), device, contiguous=False)
     if logits.shape[1] < num_ranks:
         raise ValueError(
             f"logits has {logits.shape[1]} tokens, expected at least {num_ranks}: the templates' ranks."
         )
-    check_tensor("logits_rows", logits_rows, [num_requests, num_depths], [torch.int64], device)
+    check_tensor(
+        "logits_rows",
+        logits_rows,
+        [num_requests, num_depths],
+        [torch.int64],
+        device,
+        contiguous=False,
+    )
     chunks = num_chunks(logits.shape[1])
     for name, wanted, dtype in (
         ("keys", [None, chunks, num_ranks], torch.int64),
@@ -165,6 +182,9 @@ def _rank_tokens_kernel(
     tokens_ptr,
     chance_ptr,
     logits_stride,
+    rows_stride,
+    request_stride,
+    depth_stride,
     vocab_size,
     most_depths,
     num_depths,
@@ -178,11 +198,12 @@ def _rank_tokens_kernel(
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     chunks = tl.num_programs(1)
-    depths = tl.minimum(tl.load(depths_ptr + row // num_depths), most_depths)
-    if row % num_depths < depths:
+    request, depth = row // num_depths, row % num_depths
+    depths = tl.minimum(tl.load(depths_ptr + request), most_depths)
+    if depth < depths:
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = token < vocab_size
-        logits_row = tl.load(logits_rows_ptr + row)
+        logits_row = tl.load(logits_rows_ptr + request * rows_stride + depth)
         logit = tl.load(
             logits_ptr + logits_row * logits_stride + token, mask=inside, other=float("-inf")
         ).to(tl.float32)
@@ -198,20 +219,21 @@ def _rank_tokens_kernel(
         bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         key = (bits.to(tl.int64) << 32) + (HIGHEST_ID - token)
         key = tl.where(inside, key, NO_KEY)
-        out = keys_ptr + (row * chunks + chunk) * NUM_RANKS
+        best_ptr = keys_ptr + (row * chunks + chunk) * NUM_RANKS
         for rank in tl.static_range(NUM_RANKS):
             best = tl.max(key, axis=0)
-            tl.store(out + rank, best)
+            tl.store(best_ptr + rank, best)
             key = tl.where(key == best, NO_KEY, key)
         # One thread counts the program: after the stores of all its threads.
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == chunks - 1:
             tl.store(arrived_ptr + row, 0)
+            out = request * request_stride + depth * depth_stride
             _merge(
                 keys_ptr + row * chunks * NUM_RANKS,
                 log_sums_ptr + row * chunks,
-                tokens_ptr + row * NUM_RANKS,
-                chance_ptr + row * NUM_RANKS,
+                tokens_ptr + out,
+                chance_ptr + out,
                 chunks,
                 NUM_RANKS,
                 CHANCES,
@@ -257,7 +279,10 @@ def shipped() -> list[Shipped]:
     signature = {"logits_rows_ptr": "*i64", "depths_ptr": "*i32", "keys_ptr": "*i64"}
     signature |= {"log_sums_ptr": "*fp32", "arrived_ptr": "*i32"}
     signature |= {"tokens_ptr": "*i64", "chance_ptr": "*fp32"}
-    integers = ("logits_stride", "vocab_size", "most_depths", "num_depths")
+    integers = (
+        "logits_stride", "rows_stride", "request_stride", "depth_stride", "vocab_size",
+        "most_depths", "num_depths",
+    )  # fmt: skip
     signature |= dict.fromkeys(integers, "i32")
     return [
         Shipped(

@@ -28,7 +28,8 @@ class TreeTable:
             that predicts depth d+1 of the next block, or -1; those that are not -1 are a prefix.
         ancestor_bits: `[lines, R, W]` int32, W = R / 32 rounded up: bit j % 32 of word j // 32 says that the
             row sees row j of its own block: itself and its ancestors; none in padding.
-        max_rank: candidates needed of one mask row.
+        max_rank: candidates needed of one mask row; also the rank of copied tokens.
+        num_ranks: of candidates: those of masks and, where a template copies, one of copied tokens after them.
     """
 
     num_depths: torch.Tensor
@@ -41,6 +42,7 @@ class TreeTable:
     candidate_rows: torch.Tensor
     ancestor_bits: torch.Tensor
     max_rank: int
+    num_ranks: int
 
     @classmethod
     def of(cls, table: Any, device: torch.device | str) -> TreeTable:
@@ -81,7 +83,8 @@ class TreeTable:
         columns["num_depths"] = torch.where(is_node, columns["depth"], 0).amax(dim=1)
         return cls(
             **{name: column.to(device) for name, column in columns.items()},
-            max_rank=int(columns["rank"].max()) + 1,
+            max_rank=table.max_rank,
+            num_ranks=int(columns["rank"].max()) + 1,
         )
 
     @property
@@ -98,6 +101,11 @@ class TreeTable:
     def max_depth(self) -> int:
         """Depth of the deepest draft node."""
         return self.candidate_rows.shape[2]
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether a template copies."""
+        return self.num_ranks > self.max_rank
 
     @property
     def device(self) -> torch.device:

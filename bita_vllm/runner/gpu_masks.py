@@ -25,15 +25,18 @@ class GPUMasks:
         trees: StepTrees,
         req_states: Any,
         vocab_size: int,
+        # where they go, of as many depths and ranks as masks fill; None: a buffer of their own
+        into: Candidates | None = None,
     ) -> None:
         self.compute_logits, self._trees, self._vocab_size = compute_logits, trees, vocab_size
         # Wherever there are sets, so that no request is the first to compile it.
         self._chances = max(trees.choice.num_templates) > 1
         table, max_num_reqs = trees.table, len(trees.next_depths)
-        sizes = table.max_depth, table.max_rank, table.device
+        sizes = trees.choice.mask_depth, table.max_rank, table.device
         self.ranking = Ranking.of(max_num_reqs, vocab_size, *sizes)
         self.arrived = self.ranking.arrived  # kept through sleep, as launches count from 0
-        self.candidates = replace(Candidates.empty(max_num_reqs, *sizes), depths=trees.next_depths)
+        into = into or Candidates.empty(max_num_reqs, *sizes)
+        self.candidates = replace(into, depths=trees.next_depths)
 
     def __call__(
         self,
@@ -44,13 +47,13 @@ class GPUMasks:
     ) -> Candidates:
         """Rank the logits of the chosen mask rows: those that came with the nodes', else those of a pass now."""
         trees, everyone = self._trees, slice(0, step.batch.num_reqs)
-        candidates = self.candidates.of(everyone)
+        candidates, depth = self.candidates.of(everyone), trees.choice.mask_depth
         if not step.has_blocks:
             return candidates.none()
         if step.logits is not None:
-            self._rank(step.logits, trees.mask_rows[everyone], set_index, candidates)
+            self._rank(step.logits, trees.mask_rows[everyone, :depth], set_index, candidates)
             return candidates
-        for part in parts_of(everyone.stop, trees.table.max_depth, self._vocab_size):
+        for part in parts_of(everyone.stop, depth, self._vocab_size):
             rows = trees.candidate_rows(part, set_index)
             # -1, where a request has fewer candidates, takes the last row: nobody looks at its logits.
             logits = self.compute_logits(hidden_states[rows].flatten(0, 1))
@@ -62,7 +65,7 @@ class GPUMasks:
         self,
         # [number of rows, V]
         logits: torch.Tensor,
-        # [requests, max_depth] int64
+        # [requests, mask_depth] int64
         logits_rows: torch.Tensor,
         set_index: int,
         # output, of these requests

@@ -43,7 +43,7 @@ SOURCES = {
     ),
     "masks and copies": Source(
         cpu="bita_vllm.runner.cpu_copies.CPUMasksAndCopies",
-        gpu="bita_vllm.runner.gpu_masks.GPUMasks",
+        gpu="bita_vllm.runner.gpu_copies.GPUMasksAndCopies",
     ),
 }
 

@@ -55,7 +55,7 @@ class StepTrees:
         self.lora_rows, self.rows_in_one_pass = lora_rows, rows_in_one_pass
         self.table = table = TreeTable.of(ladder.table, device)
         choice = LineChoice(ladder, acceptance, torch.device("cpu"))
-        self.choice = ChoiceTable.of(choice, table.max_rank, device)
+        self.choice = ChoiceTable.of(choice, table.num_ranks, device)
         self._set_of_width = {width: i for i, width in enumerate(ladder.widths)}
         # [sets, 2] most nodes, and most mask rows, of a set's templates
         self._sizes = np.array([_most_nodes_and_masks(one) for one in ladder.template_sets])
@@ -83,10 +83,10 @@ class StepTrees:
         # [sets, max_num_reqs] int32, a request's first target, where its block is of that set
         nodes = torch.tensor(self._sizes[:, 0].copy(), device=device)
         self._first_targets = (nodes[:, None] * requests).int()
-        # [sets, max_num_reqs, max_depth] int64, where the rows of `candidate_rows` get their logits
+        # [sets, max_num_reqs, mask_depth] int64, where the rows of `candidate_rows` get their logits
         depths = torch.tensor(choice.mask_depths, device=device)[:, None, None]
         self._candidate_places = depths * requests[:, None] + torch.arange(
-            table.max_depth, device=device
+            self.choice.mask_depth, device=device
         )
 
     def begin(self, input_batch: InputBatch, block_tables: tuple[torch.Tensor, ...]) -> None:
@@ -185,7 +185,7 @@ class StepTrees:
         return self.mask_rows[part, : self.choice.mask_depths[set_index]]
 
     def candidate_places(self, part: slice, set_index: int) -> torch.Tensor:
-        """`[requests of the part, max_depth]` int64, where logits of `candidate_rows` lie, row by row."""
+        """`[requests of the part, mask_depth]` int64, where logits of `candidate_rows` lie, row by row."""
         return self._candidate_places[set_index, : part.stop - part.start]
 
     def expect_blocks(self, input_batch: InputBatch, set_index: int) -> None:

@@ -1,4 +1,4 @@
-"""Next blocks of masks on the device against the CPU runner's (`LineChoice`, `fill_blocks`), and the naive twins."""
+"""Next blocks on the device against the CPU runner's (`LineChoice`, `fill_blocks`), and the naive twins."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from bita_vllm.tree.search import acceptance_table
 from bita_vllm.tree.template_set import TemplateSet
 
 POISON = -7
+COPIED = 5000
 ACCEPTANCE = acceptance_table(None, 5)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -48,19 +49,23 @@ def device_choice(sets):
     ladder = ladder_of(sets)
     table = TreeTable.of(ladder.table, "cpu")
     choice = LineChoice(ladder, ACCEPTANCE, torch.device("cpu"))
-    return table, ChoiceTable.of(choice, table.max_rank, "cpu")
+    return table, ChoiceTable.of(choice, table.num_ranks, "cpu")
 
 
 def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **others):
-    """Inputs; scratch memory and outputs full of poison."""
+    """Inputs, of more depths than the table has; scratch memory and outputs full of poison."""
     table, choice = device_choice(sets)
-    sizes = table.max_depth, table.max_rank, "cpu"
+    sizes = choice.mask_depth, table.max_rank, "cpu"
     ranking = Ranking.of(len(depths) + 1, logits.shape[1], *sizes)
     ranking.keys.fill_(2**63 - 1)
     ranking.log_sums.fill_(torch.nan)
-    candidates = replace(Candidates.empty(len(depths), *sizes), depths=int32(np.array(depths)))
+    candidates = Candidates.empty(len(depths), table.max_depth + 1, table.num_ranks, "cpu")
+    candidates = replace(candidates, depths=int32(np.array(depths)))
     candidates.tokens.fill_(POISON)
     candidates.chance.fill_(torch.nan)
+    if table.has_copies:
+        tokens, chances = copies_of(len(depths), table.max_depth + 1)
+        candidates.tokens[..., -1], candidates.chance[..., -1] = tokens, chances
     return {
         "logits": logits,
         "logits_rows": torch.from_numpy(np.ascontiguousarray(logits_rows)),
@@ -77,6 +82,23 @@ def arguments(sets, logits, logits_rows, depths, token_dtype=torch.int64, **othe
     }
 
 
+def copies_of(num_requests, num_depths):
+    """`[B, depths]` tokens and chances of made-up copies; the last request has none."""
+    tokens = COPIED + torch.arange(num_requests * num_depths).view(num_requests, num_depths)
+    chances = torch.rand(num_requests, num_depths, generator=torch.Generator().manual_seed(0))
+    chances[-1] = 0
+    return tokens, chances.sqrt()
+
+
+def beside_copies(of_masks, copied, table):
+    """`[B, max_depth, ranks of the table]`: values of masks `[B, depths, ranks]`, and of copies `[B, depths]`."""
+    joint = torch.zeros(len(of_masks), table.max_depth, table.num_ranks, dtype=copied.dtype)
+    joint[:, : of_masks.shape[1], : of_masks.shape[2]] = of_masks
+    if table.has_copies:
+        joint[..., -1] = copied[:, : table.max_depth]
+    return joint
+
+
 def one_tree(template):
     return sets_of_one([template])
 
@@ -88,7 +110,9 @@ def next_block(rank, build, *, logits, logits_rows, ranking, candidates, table, 
     else:
         most_depths = choice.mask_depths[others["set_index"]]
         chances = max(choice.num_templates) > 1
-        rank(logits, logits_rows, most_depths, chances, ranking, candidates)
+        of_masks = candidates.within(choice.mask_depth, slice(table.max_rank))
+        logits_rows = logits_rows[:, : choice.mask_depth]
+        rank(logits, logits_rows, most_depths, chances, ranking, of_masks)
         assert not ranking.arrived.any(), "the next launch counts from 0"
     build(candidates=candidates, table=table, choice=choice, **others)
 
@@ -113,15 +137,17 @@ def test_blocks_equal_those_of_the_cpu_runner(
     assume(template.max_depth <= ACCEPTANCE.shape[2])  # `Ladder.check` refuses others
     generator = np.random.default_rng(seed)
     table = TemplateTable(template)
-    line = generator.integers(0, template.max_depth + 1, num_requests)
+    line = generator.integers(0, template.mask_depth + 1, num_requests)
     logits = distinct_logits(generator, 9, vocab_size, dtype)
-    has = np.arange(template.max_depth) < line[:, None]
+    has = np.arange(template.mask_depth) < line[:, None]
     logits_rows = np.where(has, generator.integers(0, 9, has.shape), 10**6)
     best = logits[logits_rows[has]].float().topk(template.max_rank).indices.numpy()
     masks = ChosenMasks(depths=line, rows=np.where(has, logits_rows, -1))
-    want = padded(fill_blocks(table, line, masks.by_depth(best), 1000), template.num_rows)
     for name, function in BOTH.items():
         given_ = arguments(one_tree(template), logits, logits_rows, line, token_dtype)
+        copied, _ = copies_of(num_requests, template.max_depth + 1)
+        tokens = beside_copies(torch.from_numpy(masks.by_depth(best)), copied, given_["table"])
+        want = padded(fill_blocks(table, line, tokens.numpy(), 1000), template.num_rows)
         function(**given_)
         assert given_["draft_tokens"].tolist() == want, name
         assert given_["line_of_slot"].tolist() == [*line[::-1], POISON]
@@ -148,35 +174,63 @@ SETS = (
 )
 
 
+WITH_COPIES = (
+    TemplateSet(
+        (
+            *SETS[0].templates,
+            Template.build([], {0: 2}, copies=6),
+            Template.build([(0, 0)], {0: 2, 3: 2}, copies=3),
+            Template.build([(0, 0), (0, 1), (1, 0), (3, 0)], {0: 3}, copies=2),
+        )
+    ),
+    SETS[1],
+)
+
+
 @pytest.mark.parametrize("set_index", [0, 1])
 @pytest.mark.parametrize("seed", range(6))
-def test_trees_are_those_that_the_cpu_runner_chooses(seed, set_index):
+@pytest.mark.parametrize("sets", [SETS, WITH_COPIES], ids=["masks", "copies"])
+def test_trees_are_those_that_the_cpu_runner_chooses(sets, seed, set_index):
     generator = np.random.default_rng(seed)
-    ladder = ladder_of(SETS)
+    ladder = ladder_of(sets)
     table, choice = ladder.table, LineChoice(ladder, ACCEPTANCE, torch.device("cpu"))
-    num_requests, max_depth = 8, table.max_depth
-    depths = generator.integers(0, max_depth + 1, num_requests)
+    num_requests, mask_depth = 8, int(table.mask_depths.max())
+    depths = generator.integers(0, mask_depth + 1, num_requests)
     # Flat and steep distributions, in several chunks, so that every tree has its turn.
     logits = distinct_logits(generator, 40, 37, torch.float32)
-    logits *= torch.from_numpy(generator.uniform(0.01, 0.3, (40, 1))).float()
-    has = np.arange(max_depth) < depths[:, None]
+    logits *= torch.from_numpy(generator.uniform(0.01, 1.5, (40, 1))).float()
+    has = np.arange(mask_depth) < depths[:, None]
     logits_rows = np.where(has, generator.integers(0, 40, has.shape), 10**6)
     own = logits[np.where(has, logits_rows, 0)]  # [B, depths, V]
-    top = own.topk(SETS[set_index].max_rank, dim=-1)
-    probabilities = probabilities_of(top.values, own)
-    usable = torch.from_numpy(np.minimum(depths, SETS[set_index].max_depth))
-    line = choice(set_index, usable, probabilities).numpy()
-    masks = ChosenMasks(depths=depths, rows=np.where(has, logits_rows, -1))
-    want = padded(
-        fill_blocks(table, line, masks.by_depth(top.indices.numpy()[has]), 1000),
-        table.template.num_rows,
+    top = own.topk(table.max_rank, dim=-1)
+    on_device = device_choice(sets)[0]
+    tokens, chances = (
+        beside_copies(of_masks, copied, on_device)
+        for of_masks, copied in zip(
+            (top.indices, probabilities_of(top.values, own)),
+            copies_of(num_requests, table.max_depth + 1),
+            strict=True,
+        )
     )
+    line = choice(set_index, torch.from_numpy(depths), chances).numpy()
+    want = padded(fill_blocks(table, line, tokens.numpy(), 1000), table.template.num_rows)
     for name, function in BOTH.items():
-        given_ = arguments(SETS, logits, logits_rows, depths, set_index=set_index)
+        given_ = arguments(sets, logits, logits_rows, depths, set_index=set_index)
         function(**given_)
         assert given_["line_of_slot"].tolist() == [*line[::-1], POISON], name
         assert given_["draft_tokens"].tolist() == want, name
-    print(f"trees {np.bincount(table.template_of(line), minlength=5).tolist()}")
+    print(f"trees {np.bincount(table.template_of(line), minlength=8).tolist()}")
+
+
+@pytest.mark.parametrize("function", BOTH.values(), ids=BOTH)
+def test_copies_are_drafted_where_masks_have_no_candidates(function):
+    given_ = arguments(WITH_COPIES, torch.zeros(1, 37), np.full((2, 3), 10**6), [0, 0])
+    function(**given_)
+    table = ladder_of(WITH_COPIES).table
+    without, with_copies = given_["line_of_slot"][:2].tolist()  # slots are in reverse order
+    copied = int(table.num_nodes[with_copies]) - 1
+    assert copied >= 3 and table.num_nodes[without] == 1
+    assert given_["draft_tokens"][0, :copied].tolist() == list(range(COPIED, COPIED + copied))
 
 
 @pytest.mark.parametrize("function", BOTH.values(), ids=BOTH)

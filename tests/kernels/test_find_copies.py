@@ -16,7 +16,7 @@ CPU, SLOTS, POISON = torch.device("cpu"), 5, -7
 
 
 class Source:
-    """A function with its state; outputs and what lies behind a text are poison."""
+    """A function with its state; outputs, what lies between them and what lies behind a text are poison."""
 
     def __init__(self, function, max_len=90):
         self.function, self.max_len = function, max_len
@@ -30,10 +30,15 @@ class Source:
         for text, slot in zip(texts, slots, strict=True):
             token_ids[slot, : len(text)] = torch.tensor(text, dtype=torch.int32)
             num_tokens[slot] = len(text)
-        copies = torch.full((len(texts), MAX_COPIES), POISON)
-        chances = torch.full((len(texts), MAX_COPIES), float("nan"))
+        # As one rank of candidates, of one depth more.
+        tokens = torch.full((len(texts), MAX_COPIES + 1, 3), POISON)
+        chance = torch.full(tokens.shape, float("nan"))
+        copies, chances = (each[:, :MAX_COPIES, 1] for each in (tokens, chance))
         rows = token_ids[:, : self.max_len]
         self.function(rows, num_tokens, torch.tensor(slots), self.state, copies, chances)
+        between = torch.ones_like(tokens, dtype=torch.bool)
+        between[:, :MAX_COPIES, 1] = False
+        assert (tokens[between] == POISON).all() and chance[between].isnan().all()
         return copies, chances
 
 
@@ -86,6 +91,7 @@ def test_another_text_in_a_slot_starts_without_evidence():
     [
         ({"num_tokens": torch.zeros(SLOTS)}, "num_tokens has dtype torch.float32"),
         ({"copies": torch.zeros(2, 9, dtype=torch.int64)}, r"copies has shape \[2, 9\]"),
+        ({"copies": torch.zeros(2, 15, 2).long()[..., 0]}, "expected those of copies"),
         ({"slots": torch.arange(6)}, "slots has 6 requests, but there are 5 slots"),
     ],
 )  # fmt: skip

@@ -194,7 +194,11 @@ def test_ladder_beside_the_adapter_is_the_default(make, adapter, ladder, tmp_pat
         ({"tree": "2,1", "copies": True}, True),
     ],
 )
-def test_blocks_copy_unless_the_user_has_other_wishes(make, options, copies):
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["CPU", "GPU"])
+def test_blocks_copy_unless_the_user_has_other_wishes(make, monkeypatch, options, copies, on_gpu):
+    """On a GPU they do if the user says so."""
+    monkeypatch.setattr(platform, "on_gpu", lambda: on_gpu)
+    copies &= not on_gpu or "copies" in options
     settings = get_settings(make(options))
     assert settings.source == ("masks and copies" if copies else "masks")
     for one in settings.ladder.template_sets:
@@ -202,12 +206,9 @@ def test_blocks_copy_unless_the_user_has_other_wishes(make, options, copies):
         assert any(template.num_copies for template in one.templates) == copies
 
 
-def test_copies_are_a_yes_or_a_no(make, monkeypatch):
+def test_copies_are_a_yes_or_a_no(make):
     message = refused(lambda: make({"copies": 7}))
     assert message.startswith("Speculative option 'copies' is 7; expected true or false")
-    monkeypatch.setattr(platform, "on_gpu", lambda: True)
-    assert get_settings(make()).source == "masks"
-    assert "on the CPU platform only" in refused(lambda: make({"copies": True}))
 
 
 @pytest.mark.parametrize(
