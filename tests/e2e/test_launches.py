@@ -55,6 +55,7 @@ def steps(tiny_model, tmp_path_factory):
         ladder = folder / f"{name}.json"
         Ladder.fixed(trees).save(ladder)
         found[name] = {"model": str(adapter), "ladder": str(ladder)}
+    found["set, copies"] = {**found["set"], "copies": True}
     found["set, deltas"] = {"model": str(deltas), "ladder": str(ladder)}
     counts = {name: launches_of_a_step(model, bita, GREEDY) for name, bita in found.items()}
     counts["plain"] = launches_of_a_step(model, None, GREEDY)
@@ -72,7 +73,7 @@ def ours(step: Counter) -> int:
     return sum(count for (part, _), count in step.items() if part in PARTS)
 
 
-@pytest.mark.parametrize("name", ["one tree", "set", "set, deltas"])
+@pytest.mark.parametrize("name", ["one tree", "set", "set, copies", "set, deltas"])
 def test_a_step_launches_little_more_than_plain_vllms(steps, name):
     assert ours(steps[name]) - ours(steps["plain"]) <= 4
     assert steps[name].total() - steps["plain"].total() <= 4
