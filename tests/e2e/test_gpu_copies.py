@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from e2e.device_reads import device_reads
-from e2e.engines import generate, make_adapter, run
+from e2e.engines import generate, make_adapter, metric, run
 from e2e.inspection import recorded_steps
 from testbed.engines import ON_GPU_RUNNER, engine
 from vllm import SamplingParams
@@ -20,21 +20,22 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not ON_GPU_RUNNER, reason="runs with --runner gpu"),
 ]
-# Fewer requests at once than there are: slots go from one to the next.
+# Fewer requests at once than there are, and too few KV blocks for those: slots go from one to the next.
 OPTIONS = {
     "max_model_len": 128,
     "max_num_seqs": 4,
+    "num_gpu_blocks_override": 6,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 WORDS = [300, 301, 302]  # so few that texts repeat
 FEW = {"allowed_token_ids": WORDS}
 ASKED = {
-    "greedy": {"temperature": 0, "max_tokens": 24, **FEW},
+    "greedy": {"temperature": 0, "max_tokens": 40, **FEW},
     "seeded": {"temperature": 0.7, "seed": 3, **FEW},
     "logprobs": {"temperature": 0.3, "seed": 5, "logprobs": 2, **FEW},
     "penalty": {"temperature": 0, "repetition_penalty": 1.1, "max_tokens": 8, **FEW},
     "regex": {"temperature": 0, "structured_outputs": StructuredOutputsParams(regex="(abc){6}d")},
-    "greedy after others": {"temperature": 0, "max_tokens": 24, **FEW},
+    "greedy after others": {"temperature": 0, "max_tokens": 40, **FEW},
 }
 
 
@@ -42,9 +43,9 @@ def make_requests():
     rng = np.random.default_rng(0)
     requests = []
     for asked in ASKED.values():
-        words = rng.choice(WORDS, 6).tolist()
-        sampling = SamplingParams(**{"max_tokens": 16, "ignore_eos": True, **asked})
-        requests.append(([*words, *words, *words[:3]], sampling))
+        words = rng.choice(WORDS, 8).tolist()
+        sampling = SamplingParams(**{"max_tokens": 32, "ignore_eos": True, **asked})
+        requests.append(([*words, *words, *words, *words[:3]], sampling))
     return requests
 
 
@@ -72,12 +73,17 @@ def test_tokens_are_plain_vllms_and_copies_are_accepted(tiny_model, tmp_path):
         table = get_settings(llm.llm_engine.vllm_config).ladder.table
         with device_reads() as reads:
             outputs = generate(llm, requests)
+        preempted = metric(llm, "num_preemptions")
         check_sleep_keeps_its_tensors(
             llm.llm_engine.model_executor.driver_worker.worker.model_runner
         )
-    assert not reads
+    assert not reads and preempted > 0
     for name, ours, theirs in zip(ASKED, outputs, plain, strict=True):
         assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids), name
+    ours, theirs = (
+        each[list(ASKED).index("logprobs")].outputs[0].logprobs for each in (outputs, plain)
+    )
+    assert [at.keys() for at in ours] == [at.keys() for at in theirs]
 
     accepted = dict.fromkeys(ASKED, 0)
     names = dict(zip((output.request_id for output in outputs), ASKED, strict=True))
