@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import get_field
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -17,6 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from bita_vllm import refusals
 from bita_vllm.adapter.checkpoint import Adapter, resolve_adapter_dir
 from bita_vllm.adapter.config import AdapterConfig, ModelShape
+from bita_vllm.scheduling.copy_rows import copy_ladder
 from bita_vllm.scheduling.default_rows import Machine, default_ladder
 from bita_vllm.scheduling.row_options import AUTO, choose_ladder
 from bita_vllm.scheduling.token_budget import within_budget
@@ -71,11 +73,60 @@ def build_speculative_config(
     _check_option_names(options)
     refusals.refuse_model(model_config)
     name = options.get("model")
-    if not isinstance(name, str) or not name:
+    if name is None:
+        settings = _settings_without_adapter(options, model_config, parallel_config)
+    elif isinstance(name, str) and name:
+        settings = _settings_with_adapter(name, options, model_config, parallel_config)
+    else:
         raise ConfigError(
-            "Speculative method 'bita' needs an adapter: give its directory or hub name as "
-            f"--speculative-model ('model' in the speculative config), got {name!r}."
+            f"Speculative option 'model' is {name!r}; expected an adapter's directory or hub name, or no 'model' at all: "
+            "then copies of text already seen are the drafts."
         )
+    # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
+    # its config may not have one (scheduling/scheduler.py).
+    ladder = settings.ladder
+    always_widest = {width for *_, width in ladder.batch_sizes} == {settings.num_speculative_tokens}
+    by_batch_size = list(ladder.batch_sizes) if platform.on_gpu() and not always_widest else None
+    return BitaSpeculativeConfig(
+        num_speculative_tokens=settings.num_speculative_tokens,
+        num_speculative_tokens_per_batch_size=by_batch_size,
+        target_model_config=model_config,
+        target_parallel_config=parallel_config,
+        bita=settings,
+    )
+
+
+def _settings_without_adapter(
+    options: Mapping[str, Any], model_config: ModelConfig, parallel_config: ParallelConfig
+) -> BitaSettings:
+    """Settings of a run whose drafts are copies of text already seen. Raises ConfigError."""
+    if platform.on_gpu():
+        raise ConfigError(
+            "Speculative method 'bita' needs an adapter on a GPU for now: give its directory or hub name as "
+            "--speculative-model ('model' in the speculative config)."
+        )
+    _check_copies(options)
+    machine = Machine.here(on_gpu=False).serving(model_config, parallel_config, False)
+    ladder, row_share = copy_ladder(options, machine)
+    return BitaSettings(
+        adapter_dir=None,
+        tree=AUTO,
+        num_speculative_tokens=ladder.widest.width,
+        ladder=ladder,
+        num_mask_tokens=0,
+        source="copies",
+        acceptance=np.zeros((1, 2, 1, 1)),
+        row_share=row_share,
+    )
+
+
+def _settings_with_adapter(
+    name: str,
+    options: Mapping[str, Any],
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> BitaSettings:
+    """Settings of a run with the adapter of that directory or hub name. Raises ValueError."""
     adapter_dir = str(resolve_adapter_dir(name))
     adapter_config = AdapterConfig.load(adapter_dir)
     shape = ModelShape.from_hf_config(model_config.hf_text_config)
@@ -91,7 +142,7 @@ def build_speculative_config(
     copies = _wants_copies(options, tree)
     if copies:
         ladder = replace(ladder, template_sets=with_copies(ladder.template_sets, acceptance))
-    settings = BitaSettings(
+    return BitaSettings(
         adapter_dir=adapter_dir,
         tree=tree,
         num_speculative_tokens=ladder.widest.width,
@@ -101,17 +152,6 @@ def build_speculative_config(
         acceptance=acceptance,
         mask_lora=None if adapter.mask_lora is None else adapter.mask_lora.outline,
     )
-    # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
-    # its config may not have one (scheduling/scheduler.py).
-    always_widest = {width for *_, width in ladder.batch_sizes} == {settings.num_speculative_tokens}
-    by_batch_size = list(ladder.batch_sizes) if platform.on_gpu() and not always_widest else None
-    return BitaSpeculativeConfig(
-        num_speculative_tokens=settings.num_speculative_tokens,
-        num_speculative_tokens_per_batch_size=by_batch_size,
-        target_model_config=model_config,
-        target_parallel_config=parallel_config,
-        bita=settings,
-    )
 
 
 def _wants_copies(options: Mapping[str, Any], tree: str) -> bool:
@@ -119,14 +159,20 @@ def _wants_copies(options: Mapping[str, Any], tree: str) -> bool:
 
     On a GPU only if the user says so: nobody has timed it there.
     """
+    asked = _check_copies(options)
+    if asked is None:
+        return tree == AUTO and not platform.on_gpu()
+    return asked
+
+
+def _check_copies(options: Mapping[str, Any]) -> bool | None:
+    """What the user says of copies, None for nothing. Raises ConfigError."""
     asked = options.get("copies")
     if asked is not None and not isinstance(asked, bool):
         raise ConfigError(
             f"Speculative option 'copies' is {asked!r}; expected true or false: whether blocks may copy text that a "
             "request has already seen."
         )
-    if asked is None:
-        return tree == AUTO and not platform.on_gpu()
     return asked
 
 

@@ -69,12 +69,8 @@ def examine(model: str | None = None, adapter: str | None = None) -> Iterator[Ch
     yield _check_platform()
     if adapter is not None:
         yield _check_adapter(adapter, model)
-    elif model is not None:
-        yield Check(
-            "adapter",
-            False,
-            "--model is given without --adapter; give both to check one for the other",
-        )
+    else:
+        yield _check_no_adapter(model)
 
 
 def _check_plugin() -> Check:
@@ -105,6 +101,15 @@ def _check_platform() -> Check:
         return Check("platform", False, refusal)
     place, runner = ("CUDA", "V2") if on_gpu() else ("CPU", "V1")
     return Check("platform", True, f"{place} ({device_name()}), vLLM's {runner} model runner")
+
+
+def _check_no_adapter(model: str | None) -> Check:
+    from bita_vllm.system.platform import on_gpu
+
+    if on_gpu():
+        detail = "none is given, and on a GPU a run needs one for now (--adapter)"
+        return Check("adapter", model is None, detail)
+    return Check("adapter", True, "no adapter: drafts are copies of text already seen")
 
 
 def _check_adapter(adapter: str, model: str | None) -> Check:

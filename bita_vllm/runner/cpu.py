@@ -36,12 +36,18 @@ from bita_vllm.runner.cpu_linear import (
 from bita_vllm.runner.cpu_reload import renewed_products
 from bita_vllm.runner.cpu_sampling import GreedyTargets, SampledTargets, constrain_nodes
 from bita_vllm.runner.cpu_step import CPUStep
-from bita_vllm.runner.loading import put_in_adapter, replaced, tree_attention_models
+from bita_vllm.runner.loading import (
+    put_in_adapter,
+    put_in_no_adapter,
+    replaced,
+    tree_attention_models,
+)
 from bita_vllm.runner.sources import cpu_source
 from bita_vllm.step.block_drafts import BlockDrafts
 from bita_vllm.step.host import StepBlocks, Walk, fill_blocks
 from bita_vllm.step.settings import DrafterSeat, get_settings
 from bita_vllm.tree import NO_BLOCK
+from bita_vllm.tree.chain_choice import ChainChoice
 from bita_vllm.tree.choice import LineChoice
 from bita_vllm.tree.ladder import PLAIN_WIDTH
 
@@ -84,7 +90,11 @@ class BitaCPUModelRunner(CPUModelRunner):
         self.num_spec_tokens = settings.num_speculative_tokens
         self.settings = settings
         self.table = settings.ladder.table
-        self.choice = LineChoice(settings.ladder, settings.acceptance, torch.device("cpu"))
+        self.choice = (
+            ChainChoice(settings.ladder, settings.row_share)
+            if settings.adapter_dir is None
+            else LineChoice(settings.ladder, settings.acceptance, torch.device("cpu"))
+        )
         self.vocab_size = self.model_config.get_vocab_size()
         self.source = cpu_source(
             settings.source, vllm_config, lambda rows: self.model.compute_logits(rows)
@@ -92,9 +102,15 @@ class BitaCPUModelRunner(CPUModelRunner):
         self._step = CPUStep(self.input_batch)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
-        """Load the base model with tree attention in its layers, then the adapter."""
+        """Load the base model with tree attention in its layers, then the adapter.
+
+        Without an adapter one form of the model runs all steps, as there is nothing of ours in it.
+        """
         has_kernels = cpu_kernels.register()
-        packs, packs_for_blocks = has_kernels and cpu_gains(), has_kernels and blocks_gain()
+        packs, has_bf16 = has_kernels and cpu_gains(), has_kernels and blocks_gain()
+        packs_for_blocks = has_bf16 and self.settings.adapter_dir is not None
+        # what tree attention computes in
+        attention_dtype = self.model_config.dtype if has_bf16 else torch.float32
         self.speculative_config.packs_linear_layers = packs or packs_for_blocks
         self._packing = partial(packing, packs, packs_for_blocks)
         tree_attention = tree_attention_models(
@@ -103,7 +119,17 @@ class BitaCPUModelRunner(CPUModelRunner):
         as_plain = replaced(self, "vllm_config", plain_config(self.vllm_config, packs))
         with self._packing(), tree_attention as adapter, as_plain:
             super().load_model(load_dummy_weights)
-        self._plain_model = self.model
+        self._plain_model = self._block_model = self.model
+        self._step_mask_rows = None
+        if adapter is None:
+            put_in_no_adapter(
+                self.model,
+                self.vllm_config,
+                self.settings,
+                TreeCPUAttentionImpl,
+                attention_dtype,
+            )
+            return
         self._block_model = block_form(self.model, self.vllm_config)
         self._step_mask_rows = put_in_adapter(
             self._block_model,
@@ -111,8 +137,7 @@ class BitaCPUModelRunner(CPUModelRunner):
             self.vllm_config,
             self.settings,
             TreeCPUAttentionImpl,
-            # what tree attention computes in
-            self.model_config.dtype if packs_for_blocks else torch.float32,
+            attention_dtype,
             torch.ops.bita.add_mask_lora_cpu,
             pack_mask_lora,
             self.device,
@@ -136,9 +161,10 @@ class BitaCPUModelRunner(CPUModelRunner):
         self._plain_model = self._block_model = None
 
     def warming_up_model(self) -> None:
-        """Stock, for both forms of the model: nothing is compiled while requests wait."""
+        """Stock, for each form of the model: nothing is compiled while requests wait."""
         super().warming_up_model()
-        if self.compilation_config.mode != CompilationMode.NONE:
+        has_two_forms = self._block_model is not self._plain_model
+        if has_two_forms and self.compilation_config.mode != CompilationMode.NONE:
             with (
                 replaced(self, "model", self._block_model),
                 _set_global_compilation_settings(self.vllm_config),

@@ -141,6 +141,7 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
             self.attention_backend, TreeTritonAttentionBackend, self.vllm_config, self.settings
         )
         with tree_attention as adapter:
+            assert adapter is not None  # config.py refuses runs without one
             make_state = partial(self._make_model_state, adapter)
             with replaced(v2, "init_model_state", make_state):
                 super().load_model(*args, **kwargs)

@@ -73,17 +73,19 @@ def before_weights(check: Callable[[nn.Module], object]) -> Iterator[None]:
 @contextmanager
 def tree_attention_models(
     place: AttentionBackendEnum, backend: Any, vllm_config: VllmConfig, settings: BitaSettings
-) -> Iterator[Adapter]:
+) -> Iterator[Adapter | None]:
     """Models loaded inside have tree attention; what of them bita cannot serve is refused before weights are read.
 
     Yields:
-        The run's adapter.
+        The run's adapter, if it has one.
 
     Raises:
         ValueError: the adapter is damaged or another model's, or the model is not supported.
     """
-    shape = ModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
-    adapter = Adapter.load(settings.adapter_dir, shape)
+    adapter = None
+    if settings.adapter_dir is not None:
+        shape = ModelShape.from_hf_config(vllm_config.model_config.hf_text_config)
+        adapter = Adapter.load(settings.adapter_dir, shape)
     impl_cls = backend.get_impl_cls()
     checked = before_weights(lambda model: check_model(model, vllm_config, adapter, impl_cls))
     with attention_backend(place, backend), checked:
@@ -147,6 +149,29 @@ def put_in_adapter(
             f" to each of {num_ranks} ranks" if num_ranks > 1 else "",
         )
     return mask_rows
+
+
+def put_in_no_adapter(
+    model: nn.Module,
+    vllm_config: VllmConfig,
+    settings: BitaSettings,
+    impl_cls: type,
+    # that tree attention computes in
+    prompt_dtype: torch.dtype,
+) -> None:
+    """Make a model ready for blocks of copies alone: its layers have no prompt tokens. Logs one line.
+
+    Raises:
+        ValueError: from `check_model`, where a loader has built the model in a way of its own.
+    """
+    for layer in check_model(model, vllm_config, None, impl_cls).values():
+        none = torch.empty(0, layer.impl.num_kv_heads, layer.impl.head_size, dtype=prompt_dtype)
+        layer.impl.set_prompt_tokens(none, none)
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info(
+            "bita: no adapter: drafts are copies of text already seen, step block of %s.",
+            settings.ladder.describe(),
+        )
 
 
 def own_kv_heads(

@@ -21,7 +21,8 @@ from bita_vllm.runner.embedding import token_embedding
 def check_model(
     model: nn.Module,
     vllm_config: VllmConfig,
-    adapter: Adapter,
+    # None where copies alone draft
+    adapter: Adapter | None,
     impl_cls: Any,
 ) -> dict[str, Any]:
     """Return every layer with a KV cache by its name, where bita can serve them all with this adapter.
@@ -32,12 +33,13 @@ def check_model(
     Raises:
         ValueError: one sentence on what is not supported, or does not fit.
     """
-    token_embedding(model)
+    if adapter is not None:
+        token_embedding(model)
     # Every layer with state between steps, of which only attention with a KV cache is known to bear blocks.
     layers: dict[str, Any] = dict(get_layers_from_vllm_config(vllm_config, AttentionLayerBase))
     for name, layer in layers.items():
         _refuse_layer(name, layer, impl_cls)
-    if adapter.mask_lora is not None:
+    if adapter is not None and adapter.mask_lora is not None:
         find_places(model, adapter.mask_lora)
     return layers
 

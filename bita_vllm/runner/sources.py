@@ -45,6 +45,8 @@ SOURCES = {
         cpu="bita_vllm.runner.cpu_copies.CPUMasksAndCopies",
         gpu="bita_vllm.runner.gpu_copies.GPUMasksAndCopies",
     ),
+    # config.py refuses these on a GPU
+    "copies": Source(cpu="bita_vllm.runner.cpu_copies.CPUCopies", gpu=""),
 }
 
 

@@ -161,8 +161,12 @@ def _cpu_cost(model: ModelSize, machine: Machine) -> tuple[StepCost, int]:
     """Cost of a step, and the rows of the largest block: there is no knee, one request alone has blocks."""
     params = model.layer_params + model.head_params
     first = machine.param_bytes * params / (CPU_BYTES_PER_SECOND * machine.num_cores)
-    share = PACKED_ROW if machine.packs_linear_layers else STOCK_ROW
-    return RowCost(first, share * first), max(CPU_BUDGETS)
+    return RowCost(first, row_share(machine) * first), max(CPU_BUDGETS)
+
+
+def row_share(machine: Machine) -> float:
+    """What a further row takes on a CPU, of a step of one row."""
+    return PACKED_ROW if machine.packs_linear_layers else STOCK_ROW
 
 
 def _points(cost: StepCost, budgets: list[int]) -> list[tuple[int, int, float]]:

@@ -225,7 +225,7 @@ def depth_offered(table: TemplateTable) -> np.ndarray:
     """
     full = table.depth[-1, : table.num_nodes[-1]]
     offered = np.array([full[: rows + 1].max() for rows in range(table.template.num_rows)])
-    offered[table.num_rows - 1] = np.arange(len(table.num_rows))
+    offered[table.num_rows - 1] = depth_of_line(table)[:, -1]
     return offered
 
 

@@ -171,13 +171,16 @@ class ChosenMasks:
 
 def fill_blocks(
     table: TemplateTable,
-    # [B] line of each next block, of no more depths than have candidates
+    # [B] line of each next block, of no more depths than have candidates; NO_BLOCK for none
     line: np.ndarray,
     # [B, depths, ranks that the lines use] candidates
     tokens: np.ndarray,
     first_mask_id: int,
 ) -> list[list[int]]:
-    """Return each request's draft tokens: candidates in the order of the template's nodes, then mask ids."""
+    """Return each request's draft tokens: candidates in the order of the template's nodes, then mask ids.
+
+    A request without a block has none.
+    """
     depth, rank = table.depth[line, 1:], table.rank[line, 1:]
     mask_index = table.mask_index[line, 1:]
     is_node = rank >= 0
@@ -187,6 +190,5 @@ def fill_blocks(
         tokens[request, np.where(is_node, depth - 1, 0), np.where(is_node, rank, 0)],
         first_mask_id + mask_index,
     )
-    return [
-        row[:n] for row, n in zip(block.tolist(), (table.num_rows[line] - 1).tolist(), strict=True)
-    ]
+    num_drafts = np.where(line >= 0, table.num_rows[line] - 1, 0)
+    return [row[:n] for row, n in zip(block.tolist(), num_drafts.tolist(), strict=True)]

@@ -42,17 +42,19 @@ class BitaSettings:
     """Settings of one run, the same in every process.
 
     Attributes:
-        adapter_dir: directory of the adapter checkpoint.
+        adapter_dir: directory of the adapter checkpoint; None without one: then copies alone draft.
         tree: as the user gave it: 'auto', widths per depth such as '5,4,3', or a template file.
         num_speculative_tokens: R-1 of the largest template, what vLLM's scheduler counts as draft tokens.
         ladder: the step blocks, and which of them a step uses; of one template unless there is a ladder.
-        num_mask_tokens: k of the adapter; mask ids are V to V+k-1.
+        num_mask_tokens: k of the adapter; mask ids are V to V+k-1. 0 without one.
         source: of drafts, by its name in `runner/sources.py`.
-        acceptance: `[ages, 2, k, ranks]` the adapter's statistics, as `tree.search.acceptance_table` makes them.
+        acceptance: `[ages, 2, k, ranks]` the adapter's statistics, as `tree.search.acceptance_table` makes them; without
+            one, those of a mask that is never right.
         mask_lora: rank and modules of the adapter's low-rank deltas, if it has any.
+        row_share: of copies alone: what a row takes of a step of one row, 0 where the user chose the rows.
     """
 
-    adapter_dir: str
+    adapter_dir: str | None
     tree: str
     num_speculative_tokens: int
     ladder: Ladder
@@ -60,6 +62,7 @@ class BitaSettings:
     source: str
     acceptance: np.ndarray = field(compare=False, repr=False)
     mask_lora: tuple[int, tuple[str, ...]] | None = None
+    row_share: float = 0.0
 
     @property
     def template(self) -> Template:
@@ -125,17 +128,17 @@ class BitaSpeculativeConfig(SpeculativeConfig):
     def compute_hash(self) -> str:
         """The embedding of mask ids, deltas and packed layers are part of the compiled graph, so of the hash.
 
-        How they lie in memory is this version's.
+        How they lie in memory is this version's. The form without blocks has nothing of the adapter.
         """
         bita = self.bita
-        adapter = METHOD, __version__, bita.num_mask_tokens, bita.mask_lora
-        form = self.packs_linear_layers, self.traces_blocks
+        adapter = (bita.num_mask_tokens, bita.mask_lora) if self.traces_blocks else ()
+        form = METHOD, __version__, self.packs_linear_layers, self.traces_blocks
         factors = (super().compute_hash(), *adapter, *form)
         return safe_hash(str(factors).encode(), usedforsecurity=False).hexdigest()
 
     def __repr__(self) -> str:
         return (
-            f"SpeculativeConfig(method='{METHOD}', model='{self.bita.adapter_dir}', "
+            f"SpeculativeConfig(method='{METHOD}', model={self.bita.adapter_dir!r}, "
             f"num_spec_tokens={self.num_speculative_tokens}, tree='{self.bita.tree}')"
         )
 

@@ -53,9 +53,11 @@ def with_copies(
 
 
 def copies_alone(budgets: Iterable[int]) -> tuple[TemplateSet, ...]:
-    """A set of chains for each row budget, the longest first: blocks without masks."""
+    """A set of chains for each row budget, of every length, the longest first: blocks without masks."""
     return tuple(
-        TemplateSet(tuple(Template.build([], {}, n) for n in reversed(chains_within(rows))))
+        TemplateSet(
+            tuple(Template.build([], {}, n) for n in range(min(rows - 1, MAX_COPIES), 0, -1))
+        )
         for rows in budgets
     )
 

@@ -1,8 +1,8 @@
 """fp32: what a request may ask for works exactly as in plain vLLM, with drafts accepted or not; on both runners.
 
-All cases run in one mixed batch and each alone, with an oracle's drafts (walks end at every node of
-the tree) and with a random adapter's. Outputs are compared whole. On the V2 runner (`--runner gpu`), where
-a step takes a good tenth of a second, outputs are shorter and only a few cases run alone.
+All cases run in one mixed batch and each alone: with an oracle's drafts (walks end at every node of the tree), with a
+random adapter's, and with copies alone, without an adapter. Outputs are compared whole. On the V2 runner
+(`--runner gpu`), where a step takes a good tenth of a second, outputs are shorter and only a few cases run alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_TOKENS = 12 if ON_GPU_RUNNER else 24
 TREE = "2,1" if ON_GPU_RUNNER else "4,3,2"
 # Sampling sees no layers and no heads; Triton's interpreter takes its time for each.
 SMALL = {"num_hidden_layers": 1, "num_key_value_heads": 1} if ON_GPU_RUNNER else {}
-DRAFTS = ("oracle", "random adapter")
+DRAFTS = ("oracle", "random adapter") if ON_GPU_RUNNER else ("oracle", "random adapter", "copies")
 OPTIONS = {
     "max_num_seqs": 6 if ON_GPU_RUNNER else 16,
     "long_prefill_token_threshold": 48,
@@ -160,8 +160,10 @@ class Arms:
         self.bita: dict[tuple[str, str], dict[str, RequestOutput]] = {}
         self.bita_second_turns: dict[str, list[RequestOutput]] = {}
         self.accepted: dict[str, float] = {}
-        bita = {"model": str(adapter), "tree": TREE}
         for drafts in DRAFTS:
+            bita = {"model": str(adapter), "tree": TREE}
+            if drafts == "copies":
+                bita = {"num_speculative_tokens": 4}
             source = oracle(self.continuation) if drafts == "oracle" else nullcontext()
             with recorded_steps() as steps, source, engine(model, bita, **OPTIONS) as llm:
                 generate(llm, first)
@@ -253,6 +255,7 @@ def test_cases_do_what_their_names_say(arms):
     assert {o.num_cached_tokens for o in arms.plain.values()} == {0, 32}
     print(f"accepted drafts: {arms.accepted}")
     assert arms.accepted["oracle"] > 0.3
+    assert arms.accepted.get("copies", 1) > 0.1
 
 
 def test_aborted_requests_leave_the_others_alone(arms, model, adapter):

@@ -44,21 +44,35 @@ def tree_attention(request):
 
 
 @pytest.mark.parametrize(
-    "softcap, window, has_sinks, chunk",
+    "softcap, window, has_sinks, chunk, num_prompt",
     [
-        (0, -1, False, 0),
-        (5.0, -1, False, 0),
-        (0, 6, False, 0),
-        (0, -1, True, 0),
-        (5.0, 6, True, 0),
-        (0, -1, False, 16),
+        (0, -1, False, 0, P),
+        (5.0, -1, False, 0, P),
+        (0, 6, False, 0, P),
+        (0, -1, True, 0, P),
+        (5.0, 6, True, 0, P),
+        (0, -1, False, 16, P),
+        (0, -1, False, 0, 0),
+        (5.0, 6, True, 0, 0),
     ],
-    ids=["plain", "softcap", "window", "sinks", "sinks, softcap, window", "chunks"],
+    ids=[
+        *("plain", "softcap", "window", "sinks", "sinks, softcap, window", "chunks"),
+        *("no prompt tokens", "no prompt tokens, sinks, softcap, window"),
+    ],
 )
 @pytest.mark.parametrize("isa, block_size, head_size", [("vec", 32, 64), ("vec16", 16, 80)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_equals_dense_attention(
-    tree_attention, dtype, isa, block_size, head_size, softcap, window, has_sinks, chunk
+    tree_attention,
+    dtype,
+    isa,
+    block_size,
+    head_size,
+    softcap,
+    window,
+    has_sinks,
+    chunk,
+    num_prompt,
 ):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
@@ -71,8 +85,8 @@ def test_equals_dense_attention(
     table = torch.from_numpy(generator.permutation(6 * num_kv_blocks).reshape(6, -1)).int()
     shape = 6 * num_kv_blocks, HEADS_KV, block_size, 2 * head_size
     kv_cache = torch.full(shape, float("nan"), dtype=dtype)
-    prompt_keys = torch.randn(HEADS_KV, head_size, P)
-    prompt_values = torch.randn(HEADS_KV, P, head_size)
+    prompt_keys = torch.randn(HEADS_KV, head_size, num_prompt)
+    prompt_values = torch.randn(HEADS_KV, num_prompt, head_size)
     rows = int(scheduled.sum())
     query = torch.randn(rows, HEADS_KV * GROUP, head_size).to(dtype)
     total = context + scheduled

@@ -97,9 +97,15 @@ def test_adapter_that_is_not_there_fails(capsys):
     assert (code, failed(content)) == (1, ["adapter"])
 
 
-def test_model_without_adapter_says_what_is_missing(capsys, base):
+def test_without_an_adapter_it_says_what_drafts(capsys, base, monkeypatch):
+    code, content = report(capsys, "--model", base)
+    assert (code, failed(content)) == (0, [])
+    assert "copies of text already seen" in content["checks"][-1]["detail"]
+    monkeypatch.setattr("bita_vllm.system.platform.current_platform", Cuda())
+    assert report(capsys)[0] == 0
     code, content = report(capsys, "--model", base)
     assert (code, failed(content)) == (1, ["adapter"])
+    assert "on a GPU a run needs one" in content["checks"][-1]["detail"]
 
 
 def test_changed_and_missing_hooks_fail_with_both_signatures(capsys, monkeypatch):
