@@ -79,8 +79,8 @@ def build_speculative_config(
         settings = _settings_with_adapter(name, options, model_config, parallel_config)
     else:
         raise ConfigError(
-            f"Speculative option 'model' is {name!r}; expected an adapter's directory or hub name, or no 'model' at all: "
-            "then copies of text already seen are the drafts."
+            f"Speculative option 'model' is {name!r}; expected an adapter's directory or hub name, or no 'model': then "
+            "copies of text already seen are the drafts."
         )
     # On the V2 runner vLLM itself follows the table and captures graphs for every width; on the V1 runner
     # its config may not have one (scheduling/scheduler.py).

@@ -40,6 +40,11 @@ def refused(name: str, test: str, reason: str) -> Feature:
 FEATURES: tuple[Feature, ...] = (
     Feature("greedy decoding, prefill in chunks, preemption, prefix cache", _LOSSLESS),
     Feature("low-rank deltas for mask rows", _LOSSLESS),
+    Feature(
+        "copies of text already seen, without an adapter",
+        "e2e/test_no_adapter.py::test_tokens_equal_plain_vllm",
+        gpu="its runner drafts copies beside masks only, for now",
+    ),
     Feature("seeded sampling, top-k, top-p, min-p, n", _REQUESTS),
     Feature("penalties, bias, allowed and bad words, min_tokens, stops", _REQUESTS),
     Feature("logprobs, of prompts too", _REQUESTS),

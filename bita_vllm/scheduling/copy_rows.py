@@ -36,8 +36,8 @@ def copy_ladder(options: Mapping[str, Any], machine: Machine) -> tuple[Ladder, f
             )
     if options.get("copies") is False:
         raise ConfigError(
-            "Speculative option 'copies' is false, but without an adapter nothing else drafts; leave it out, or name an "
-            "adapter as 'model'."
+            "Speculative option 'copies' is false, but without an adapter nothing else drafts; leave it out, or name "
+            "an adapter as 'model'."
         )
     most = options.get("num_speculative_tokens")
     if most in (None, AUTO):
@@ -48,8 +48,8 @@ def copy_ladder(options: Mapping[str, Any], machine: Machine) -> tuple[Ladder, f
         return _ladder(fitting), row_share(machine)
     if type(most) is not int or not 1 <= most <= MAX_COPIES:
         raise ConfigError(
-            f"num_speculative_tokens is {most!r}; without an adapter it is 'auto' or the most copied tokens of a block, "
-            f"a whole number from 1 to {MAX_COPIES}."
+            f"num_speculative_tokens is {most!r}; without an adapter it is 'auto' or the most copied tokens of a "
+            f"block, a whole number from 1 to {MAX_COPIES}."
         )
     return _ladder([(1, 1, most)]), 0.0
 

@@ -48,8 +48,8 @@ class BitaSettings:
         ladder: the step blocks, and which of them a step uses; of one template unless there is a ladder.
         num_mask_tokens: k of the adapter; mask ids are V to V+k-1. 0 without one.
         source: of drafts, by its name in `runner/sources.py`.
-        acceptance: `[ages, 2, k, ranks]` the adapter's statistics, as `tree.search.acceptance_table` makes them; without
-            one, those of a mask that is never right.
+        acceptance: `[ages, 2, k, ranks]` the adapter's statistics, as `tree.search.acceptance_table` makes them; of a
+            mask that is never right without one.
         mask_lora: rank and modules of the adapter's low-rank deltas, if it has any.
         row_share: of copies alone: what a row takes of a step of one row, 0 where the user chose the rows.
     """

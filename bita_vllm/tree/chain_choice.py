@@ -1,4 +1,4 @@
-"""The choice of each request's next block where copies alone draft: how many copied tokens are worth their rows (torch).
+"""How many copied tokens each request's next block takes where copies alone draft: those that are worth their rows.
 
 A row costs the same whatever the step has, a share of what a step of one row takes. With B requests a token of plain
 decoding costs (1 + share (B - 1)) / B of such a step. A copied token is worth its row where

@@ -55,6 +55,8 @@ def test_tokens_equal_plain_vllm(case, bita):
         drafted, accepted = (
             metric(llm, name) - count for name, count in zip(counters, before, strict=True)
         )
+        llm.collective_rpc("reload_weights")
+        again = generate(llm, [requests[i] for i in ALONE])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         assert runner._block_model is runner._plain_model, "no second form is needed"
     asked = [*(requests[i] for i in ALONE), *requests]
@@ -64,6 +66,7 @@ def test_tokens_equal_plain_vllm(case, bita):
     assert all(greedy[d.request] and d.gap < NEAR_TIE for d in different)
     print(f"{drafted} tokens drafted, {accepted} accepted")
     assert 0 < accepted < drafted
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in alone]
     longest = max(len(step.path) - 1 for step in steps)
     assert longest > 1, "no block with two right copies"
     assert any(step.line < 0 for step in steps), "every request had a match in every step"
