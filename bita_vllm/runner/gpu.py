@@ -345,9 +345,8 @@ class BitaGPUModelRunner(v2.GPUModelRunner):
         trees.walk(targets, part, input_batch, tokens, num_emitted)
         if dims is None:
             return None, num_nans
-        logprobs = self.tree_sampler.logprobs(
-            path_logits(trees.path[part].long()), tokens[part, :-2], nodes.slots, dims
-        )
+        path, emitted = trees.path[part, : trees.steps], tokens[part, : trees.steps]
+        logprobs = self.tree_sampler.logprobs(path_logits(path.long()), emitted, nodes.slots, dims)
         return logprobs, num_nans
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

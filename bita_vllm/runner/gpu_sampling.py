@@ -108,8 +108,8 @@ class TreeSampler:
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
         """`[B * N]` int64 targets, and what gives the logits for logprobs along a path.
 
-        `nodes` are those of `part`. That function takes a path `[B, max_depth + 1]` of node indices and returns
-        `[B * (max_depth + 1), V]`.
+        `nodes` are those of `part`. That function takes a path `[B, steps]` of node indices and returns
+        `[B * steps, V]`, where `StepTrees.steps` are the most of a walk.
         """
         if self._looks_back(nodes.slots_np):
             return self._along_the_walk(nodes, part, wants_logprobs)
@@ -160,7 +160,7 @@ class TreeSampler:
         chains = Chains.empty(num_requests, nodes.num_nodes, trees.table)
         keeps_processed = wants_logprobs and self._scores_processed
         processed_steps, sampled = [], None
-        for length in range(trees.table.max_depth + 2):
+        for length in range(trees.steps + 1):
             extend_paths(
                 sampled,
                 length,
@@ -172,7 +172,7 @@ class TreeSampler:
                 trees.table,
                 chains,
             )
-            if length > trees.table.max_depth:
+            if length == trees.steps:
                 break
             rows = slice(0, num_requests * (length + 1))
             sampled, processed = self.sampler.sample(
@@ -199,15 +199,15 @@ class TreeSampler:
 
     def logprobs(
         self,
-        # [B * (max_depth + 1), V]
+        # [B * steps, V]
         logits: torch.Tensor,
-        # [B, max_depth + 1] int64, emitted tokens, -1 after the last
+        # [B, steps] int64, emitted tokens, -1 after the last
         tokens: torch.Tensor,
         slots: torch.Tensor,
         # from the sampler's get_logprobs_dims
         dims: tuple[int, int],
     ) -> LogprobsTensors:
-        """Logprobs of the emitted tokens, max_depth + 1 rows to each request."""
+        """Logprobs of the emitted tokens, as many rows to each request as a walk may have steps."""
         num_logprobs, max_token_ids = dims
         num_requests, steps = tokens.shape
         return compute_topk_scores(

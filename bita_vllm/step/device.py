@@ -133,6 +133,11 @@ class StepTrees:
             None if lora_rows is None else lora_rows.num,
         )
 
+    @property
+    def steps(self) -> int:
+        """The most that a walk of the step may have: no more than its nodes, and one a depth."""
+        return min(self.num_nodes, self.table.max_depth + 1)
+
     def nodes_of(self, part: slice) -> slice:
         """Where the nodes of some requests lie: N to each."""
         return slice(part.start * self.num_nodes, part.stop * self.num_nodes)

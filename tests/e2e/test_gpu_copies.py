@@ -15,6 +15,9 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from bita_vllm.step.settings import get_settings
+from bita_vllm.tree import Template
+from bita_vllm.tree.ladder import Ladder
+from bita_vllm.tree.template_set import TemplateSet
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,10 +65,15 @@ def check_sleep_keeps_its_tensors(runner) -> None:
         assert tensor.data_ptr() in kept
 
 
-def test_tokens_are_plain_vllms_and_copies_are_accepted(tiny_model, tmp_path):
+@pytest.fixture(scope="module")
+def case(tiny_model, tmp_path_factory):
     small = {"num_hidden_layers": 1, "num_key_value_heads": 1}
     model = tiny_model("llama", vocab_size=512, **small)
-    adapter = make_adapter(model, tmp_path / "adapter")
+    return model, make_adapter(model, tmp_path_factory.mktemp("copies") / "adapter")
+
+
+def test_tokens_are_plain_vllms_and_copies_are_accepted(case):
+    model, adapter = case
     requests = make_requests()
     plain = run(model, requests, **OPTIONS)
     bita = {"model": str(adapter), "num_speculative_tokens": 11, "copies": True}
@@ -98,3 +106,41 @@ def test_tokens_are_plain_vllms_and_copies_are_accepted(tiny_model, tmp_path):
     assert without_masks, "the first block of a request holds copies alone"
     for name in ("greedy", "regex", "greedy after others"):
         assert accepted[name] > 0, name
+
+
+def test_samplers_and_logprobs_go_no_deeper_than_a_steps_own_trees(case, tmp_path, monkeypatch):
+    """A set of long chains for one request, one of 4 rows for more: rows in proportion to a step's own nodes."""
+    from bita_vllm.runner import gpu_sampling
+
+    model, adapter = case
+    sets = [
+        TemplateSet((Template.from_widths([width], length),)) for width, length in ((1, 1), (3, 3))
+    ]
+    ladder = Ladder(sets, [(1, 1, sets[1].first.width), (2, 4, sets[0].first.width)])
+    ladder.save(tmp_path / "ladder.json")
+    bita = {"model": str(adapter), "ladder": str(tmp_path / "ladder.json"), "copies": True}
+    lengths, rows = set(), set()
+    extend, score = gpu_sampling.extend_paths, gpu_sampling.compute_topk_scores
+
+    def extending(sampled, length, line, num_rows, node_tokens, *args):
+        lengths.add((len(node_tokens) // len(line), length))
+        return extend(sampled, length, line, num_rows, node_tokens, *args)
+
+    def scoring(logits, num_logprobs, tokens, starts, **kwargs):
+        rows.add(starts[1])
+        return score(logits, num_logprobs, tokens, starts, **kwargs)
+
+    monkeypatch.setattr(gpu_sampling, "extend_paths", extending)
+    monkeypatch.setattr(gpu_sampling, "compute_topk_scores", scoring)
+    few = [make_requests()[list(ASKED).index(name)] for name in ("logprobs", "penalty")]
+    plain = run(model, few, **OPTIONS)
+    lengths.clear(), rows.clear()
+    outputs = run(model, few, bita, **OPTIONS)
+    for ours, theirs in zip(outputs, plain, strict=True):
+        assert list(ours.outputs[0].token_ids) == list(theirs.outputs[0].token_ids)
+    for ours, theirs in zip(
+        *(each[0].outputs[0].logprobs for each in (outputs, plain)), strict=True
+    ):
+        assert ours.keys() == theirs.keys()
+    assert {(4, 4)} <= lengths and all(length <= nodes for nodes, length in lengths)
+    assert len(rows) == 2 and 4 in rows, rows
