@@ -57,6 +57,14 @@ def test_blocks_fit_in_a_sequence(make, max_model_len):
     assert 1 <= settings.num_speculative_tokens == max_model_len - 2
 
 
+def test_flags_alone_ask_for_it(tiny_model):
+    args = EngineArgs(
+        str(tiny_model("llama")), spec_method="bita", spec_tokens=4, max_model_len=256
+    )
+    settings = get_settings(args.create_engine_config())
+    assert (settings.source, settings.num_speculative_tokens) == ("copies", 4)
+
+
 REFUSED = {
     "nothing drafts": ({"copies": False}, ["'copies' is false", "nothing else drafts"]),
     "not a yes or no": ({"copies": 7}, ["'copies' is 7", "true or false"]),
