@@ -21,7 +21,8 @@ SOME = " or ".join(f"deltas-{rows}]" for rows in (12, 16, 64))
 
 
 @pytest.mark.parametrize(
-    ("name", "chosen"), [("gpu_runner", ""), ("structured_output", ""), ("shipped_sets", SOME)]
+    ("name", "chosen"),
+    [("gpu_runner", ""), ("gpu_copies", ""), ("structured_output", ""), ("shipped_sets", SOME)],
 )
 def test_passes(name, chosen):
     try:
