@@ -36,6 +36,7 @@ def all_arms(adapter: str, ladder: str | None) -> list[Arm]:
         Arm("bita-no-drafts", {**bita, "ladder": str(NO_DRAFTS)}),
         Arm("bita-auto", {**bita, **own}),
         Arm("bita-masks", {**bita, **own, "copies": False}),
+        Arm("bita-copies", {"method": "bita"}),  # no adapter; on a CPU
         Arm("ngram", {"method": "ngram", **ngram}),
         # Prompts come again at every concurrency: answers of earlier ones must not be in its cache.
         Arm("suffix", {"method": "suffix", "suffix_decoding_max_cached_requests": 0}),
@@ -51,15 +52,19 @@ def bita_rows(arm: Arm, concurrency: int) -> int | None:
         return None
     from bita_vllm.adapter.checkpoint import resolve_adapter_dir
     from bita_vllm.adapter.config import AdapterConfig
+    from bita_vllm.scheduling.copy_rows import copy_ladder
     from bita_vllm.scheduling.default_rows import Machine, default_ladder
     from bita_vllm.scheduling.row_options import choose_ladder
     from bita_vllm.system.platform import device_name, on_gpu
 
-    adapter = AdapterConfig.load(resolve_adapter_dir(arm.config["model"]))
     machine = Machine.here(on_gpu())
-    _, ladder = choose_ladder(
-        arm.config, adapter, device_name(), lambda: default_ladder(adapter, machine)
-    )
+    if "model" not in arm.config:
+        ladder, _ = copy_ladder(arm.config, machine)
+    else:
+        adapter = AdapterConfig.load(resolve_adapter_dir(arm.config["model"]))
+        _, ladder = choose_ladder(
+            arm.config, adapter, device_name(), lambda: default_ladder(adapter, machine)
+        )
     return int(ladder.lookup(concurrency)[concurrency]) + 1
 
 
