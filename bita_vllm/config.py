@@ -27,6 +27,7 @@ from bita_vllm.system import platform
 from bita_vllm.tree.copy_templates import with_copies
 from bita_vllm.tree.ladder import Ladder, ranges_of
 from bita_vllm.tree.search import acceptance_table
+from bita_vllm.tree.template_set import templates_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -140,6 +141,11 @@ def _settings_with_adapter(
     tree, ladder = choose_ladder(options, adapter_config, platform.device_name(), default)
     acceptance = acceptance_table(adapter_config.acceptance, adapter_config.num_mask_tokens)
     copies = _wants_copies(options, tree)
+    if not copies and any(t.num_copies for t in templates_of(ladder.template_sets)):
+        raise ConfigError(
+            'The ladder or tree has nodes for copied tokens, but this run does not copy; give "copies": true in the '
+            "speculative config, or a ladder without them."
+        )
     if copies:
         ladder = replace(ladder, template_sets=with_copies(ladder.template_sets, acceptance))
     return BitaSettings(

@@ -12,7 +12,7 @@ import numpy as np
 
 from bita_vllm.tree.search import MIN_ROWS, best_templates
 from bita_vllm.tree.template import MAX_ROWS, Template
-from bita_vllm.tree.template_set import TemplateSet
+from bita_vllm.tree.template_set import MAX_TEMPLATES, TemplateSet
 
 MAX_COPIES = 15
 # Lengths of chains, by row budgets up to that many rows: few rows want the right length, many bear a longer one.
@@ -30,9 +30,17 @@ def with_copies(
     # [ages, 2, k, ranks]
     acceptance: np.ndarray,
 ) -> tuple[TemplateSet, ...]:
-    """Each set with templates that copy: chains of several lengths, each beside the best tree for the other rows."""
+    """Each set with templates that copy: chains of several lengths, each beside the best tree for the other rows.
+
+    A set that has such templates stays as it is; a large one gets as many as it has room for.
+    """
     sets = tuple(sets)
-    lengths = [chains_within(one.first.num_rows) for one in sets]
+    lengths = [
+        []
+        if any(template.num_copies for template in one.templates)
+        else chains_within(one.first.num_rows)[: MAX_TEMPLATES - len(one.templates)]
+        for one in sets
+    ]
     left = {
         one.first.num_rows - length
         for one, own in zip(sets, lengths, strict=True)

@@ -206,6 +206,15 @@ def test_blocks_copy_unless_the_user_has_other_wishes(make, monkeypatch, options
         assert any(template.num_copies for template in one.templates) == copies
 
 
+def test_a_ladder_that_copies_is_not_for_a_run_that_does_not(make, tmp_path):
+    copying = Template.build([(0, 0)], {0: 2, 1: 1}, copies=3)
+    Ladder.fixed(copying).save(tmp_path / "ladder.json")
+    options = {"ladder": str(tmp_path / "ladder.json")}
+    assert [t.num_copies for t in get_settings(make(options)).templates] == [3]
+    message = refused(lambda: make({**options, "copies": False}))
+    assert message.startswith("The ladder or tree has nodes for copied tokens")
+
+
 def test_copies_are_a_yes_or_a_no(make):
     message = refused(lambda: make({"copies": 7}))
     assert message.startswith("Speculative option 'copies' is 7; expected true or false")

@@ -6,7 +6,7 @@ from tree_tools import sets_of_one
 from bita_vllm.tree import Template
 from bita_vllm.tree.copy_templates import MAX_COPIES, chains_within, copies_alone, with_copies
 from bita_vllm.tree.search import acceptance_table, best_template
-from bita_vllm.tree.template_set import TemplateSet
+from bita_vllm.tree.template_set import MAX_TEMPLATES, TemplateSet
 
 ACCEPTANCE = acceptance_table(None, 3)
 
@@ -46,6 +46,15 @@ def test_a_chain_takes_the_place_of_masks_within_the_row_budget():
 def test_templates_of_a_set_stay():
     sets = sets_of_one([Template.from_widths([5, 4, 3], 3)])
     assert with_copies(sets, ACCEPTANCE)[0].templates[0] is sets[0].first
+
+
+def test_a_set_keeps_copies_of_its_own_and_never_grows_too_large():
+    (copying,) = with_copies([TemplateSet((best_template(8, 3),))], ACCEPTANCE)
+    assert with_copies([copying], ACCEPTANCE)[0].templates == copying.templates
+    large = TemplateSet((best_template(16, 3),) + (best_template(12, 3),) * (MAX_TEMPLATES - 3))
+    assert len(with_copies([large], ACCEPTANCE)[0].templates) == MAX_TEMPLATES
+    full = TemplateSet((best_template(16, 3),) * MAX_TEMPLATES)
+    assert with_copies([full], ACCEPTANCE)[0].templates == full.templates
 
 
 def test_copies_alone_have_no_masks():
