@@ -47,9 +47,11 @@ def attention_by(kernel: Attention) -> Callable[..., torch.Tensor]:
         visible: torch.Tensor,
         scaling: float,
         softcap: float | None,
+        # [Hq]
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        if softcap is not None:
-            raise NotImplementedError("memory_efficient_attention has no softcap")
+        if softcap is not None or sinks is not None:
+            raise NotImplementedError("memory_efficient_attention has no softcap and no sinks")
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         # Its kernels want rows of a bias that begin at multiples of eight.

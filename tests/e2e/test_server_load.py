@@ -201,7 +201,8 @@ def test_a_ramp_from_1_to_64_clients_and_back(tiny_model, tmp_path):
     prompts = [rng.integers(3, VOCAB_SIZE, 1 + 3 * (i % 16)).tolist() for i in range(CLIENTS)]
     flags = ["--max-model-len", "4096", "--max-num-seqs", str(CLIENTS), "--block-size", "32"]
     flags += ["--kv-cache-memory-bytes", str(256 << 20)]
-    flags += ["--speculative-config", json.dumps({"method": "bita", "model": str(adapter)})]
+    config = {"method": "bita", "model": str(adapter), "copies": False}  # depths tell widths
+    flags += ["--speculative-config", json.dumps(config)]
     with running_server(model, "tiny", flags, tmp_path) as server:
         answers, samples, last = asyncio.run(
             asyncio.wait_for(ramp(server, prompts), RAMP_TIMEOUT_S)

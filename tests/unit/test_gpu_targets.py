@@ -48,6 +48,7 @@ def trees(monkeypatch):
     trees = StepTrees(ladder, acceptance_table(None, 3), NUM_REQUESTS, torch.device("cpu"))
     trees.line.fill_(trees.table.max_depth)
     trees.num_rows.fill_(trees.table.num_rows)
+    trees.num_nodes = trees.table.max_nodes
     return trees
 
 

@@ -181,9 +181,12 @@ def test_flex_attention_sees_what_tiles_see(tiny, monkeypatch, architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
 def test_flex_attention_compiles(tiny, monkeypatch, architecture):
-    """Its rule and its softcap, in torch's compiler: on a CPU forward only, but by the same lowering as on a GPU."""
+    """Its rule and its softcap, in torch's compiler: on a CPU forward only, but by the same lowering as on a GPU.
+
+    Sinks need the log of the softmax's sum, which torch does not compile for a CPU.
+    """
     compiled = torch.compile(mask_flex.flex_attention, dynamic=False)
     model, batch = make_model(tiny(architecture).float()).float(), make_case()
     with torch.no_grad():

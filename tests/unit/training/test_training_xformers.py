@@ -38,10 +38,10 @@ def test_attention_and_gradients_are_the_trainers(window):
         query, key, value, front_keys, front_values = (x.clone().requires_grad_() for x in values)
         step = MaskPass([fixed[0]], [fixed[1]], front_keys, front_values, roots, k)
         if ours:
-            out = step.attend(0, query, key, value, 0.3, window, None)
+            out = step.attend(0, query, key, value, 0.3, window, None, None)
         else:
             with in_place_of_flex(softmax_attention):
-                out = step.attend(0, query, key, value, 0.3, window, None)
+                out = step.attend(0, query, key, value, 0.3, window, None, None)
         out.backward(upstream)
         results.append([out, *(x.grad for x in (query, key, value, front_keys, front_values))])
     for mine, theirs in zip(*results, strict=True):
@@ -54,4 +54,4 @@ def test_a_softcap_is_refused():
             [torch.zeros(1, 1, 4, 8)], [torch.zeros(1, 1, 4, 8)], torch.zeros(1, 2, 1, 8),
             torch.zeros(1, 2, 1, 8), torch.tensor([[1]]), 3,
         )  # fmt: skip
-        step.attend(0, *(torch.zeros(1, 1, 3, 8) for _ in range(3)), 1.0, None, 30.0)
+        step.attend(0, *(torch.zeros(1, 1, 3, 8) for _ in range(3)), 1.0, None, 30.0, None)
