@@ -26,7 +26,9 @@ ADAPTER = ROOT / "adapters" / "smollm2-135m-instruct"
 NUM_PROMPTS = 12
 MAX_TOKENS = 24
 OPTIONS = {"dtype": "bfloat16", "logprobs_mode": "raw_logits"}
-ROUNDING_UNITS = 2
+ROUNDING_UNITS = (
+    2  # or more, where plain vLLM's own answers turn by more with other requests beside them
+)
 
 
 def unit(logit: float) -> float:
@@ -52,13 +54,16 @@ def test_outputs_differ_only_within_bf16_rounding(embedded_model, record_propert
     ]
     options = {**OPTIONS, "threads": idle_threads()}
     plain = run(embedded_model, requests, **options)
+    alone = run(embedded_model, requests, **options, max_num_seqs=1)
+    own = differences(lambda: engine(embedded_model, **options), requests, plain, alone)
+    allowed = max([ROUNDING_UNITS, *(d.gap / unit(d.top) for d in own)])
     bita = {"model": str(ADAPTER), "num_speculative_tokens": 15}
     with engine(embedded_model, bita, **options) as llm:
         outputs = generate(llm, requests)
     different = differences(lambda: engine(embedded_model, **options), requests, plain, outputs)
     identical = f"{NUM_PROMPTS - len(different)} of {NUM_PROMPTS}"
     record_property("identical", identical)
-    print(f"{identical} outputs identical")
+    print(f"{identical} outputs identical; {NUM_PROMPTS - len(own)} of plain vLLM's, one at a time")
     for d in different:
         print(f"gap of {d.gap / unit(d.top):.1f} bf16 units at a top logit of {d.top:.2f}")
-    assert all(d.gap <= ROUNDING_UNITS * unit(d.top) for d in different)
+    assert all(d.gap <= allowed * unit(d.top) for d in different)
