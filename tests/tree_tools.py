@@ -47,4 +47,4 @@ def probabilities_of(
     logits: torch.Tensor,
 ) -> torch.Tensor:
     """`[rows, ranks]` fp32 probability of each row's top logits."""
-    return (top.float() - logits.float().logsumexp(dim=-1, keepdim=True)).exp()
+    return (top.double() - logits.double().logsumexp(dim=-1, keepdim=True)).exp().float()
