@@ -72,7 +72,8 @@ class LineChoice:
                     at_depth[line, by_masks, depth[line, by_masks] - 1] = often[kept[by_masks]]
             first += len(one.templates)
         # 1, 2, 4, ... nodes up; the root is its own parent
-        ancestors = np.zeros((table.max_depth.bit_length(), num_lines, num_nodes), dtype=np.int64)
+        levels = (table.max_depth - 1).bit_length()
+        ancestors = np.zeros((levels, num_lines, num_nodes), dtype=np.int64)
         ancestor = parent
         for level in range(len(ancestors)):
             ancestors[level] = ancestor

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from bita_kernels.copy_rules import MAX_COPIES
 
 from bita_vllm.tree.search import MIN_ROWS, best_templates
 from bita_vllm.tree.template import MAX_ROWS, Template
 from bita_vllm.tree.template_set import MAX_TEMPLATES, TemplateSet
 
-MAX_COPIES = 15
 # Lengths of chains, by row budgets up to that many rows: few rows want the right length, many bear a longer one.
-CHAINS = {8: (2, 3, 4, 5, 6, 7), 16: (3, 5, 7, 9, 11, 15), MAX_ROWS: (3, 7, 11, 15)}
+CHAINS = {
+    8: (2, 3, 4, 5, 6, 7),
+    16: (3, 5, 7, 9, 11, MAX_COPIES),
+    MAX_ROWS: (3, 7, 11, MAX_COPIES),
+}
 
 
 def chains_within(num_rows: int) -> list[int]:
@@ -75,7 +79,6 @@ def _beside_chain(tree: Template | None, num_rows: int, copies: int) -> Template
     if tree is None:
         masks = num_rows - copies - 1
         return Template.build([], {0: masks} if masks else {}, copies)
-    nodes = tree.num_nodes
-    pairs = zip(tree.parent[1:nodes].tolist(), tree.rank[1:nodes].tolist(), strict=True)
-    groups = {row: int(length) for row, length in enumerate(tree.group_length) if length}
-    return Template.build(list(pairs), groups, copies)
+    shape = tree.shape
+    nodes = list(zip(shape.parent[1:], shape.rank[1:], strict=True))
+    return Template.build(nodes, dict(enumerate(shape.group)), copies)
